@@ -19,7 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -62,7 +62,7 @@ class Protocol:
     """How long and how everything is trained."""
 
     epochs: int
-    teacher_epochs: int
+    teacher_epochs: Sequence[int]
     batch: int
     settings: Mapping[str, Any]
 
@@ -78,9 +78,12 @@ class Protocol:
 
 _SGD = {"optimizer": "sgd", "momentum": 0.9, "weight_decay": 5e-4, "progress": False, "resume": True}
 PROTOCOLS = {
-    "usual": Protocol(240, 240, 64, {**_SGD, "learning_rate": 0.05, "schedule": "step"}),
+    "usual": Protocol(240, (240,), 64, {**_SGD, "learning_rate": 0.05, "schedule": "step"}),
     "short": Protocol(
-        10, 15, 128, {**_SGD, "learning_rate": 0.1, "schedule": "cosine", "rise_steps": 200, "mixed_precision": "bf16"}
+        10,
+        (15,),
+        128,
+        {**_SGD, "learning_rate": 0.1, "schedule": "cosine", "rise_steps": 200, "mixed_precision": "bf16"},
     ),
 }
 
@@ -93,14 +96,15 @@ def net_of(name: str, seed: int, device: str) -> nn.Module:
 
 
 def teacher_of(name: str, data: Data, protocol: Protocol, options: argparse.Namespace) -> tuple[nn.Module, float]:
-    """Trained on labels, once; and its accuracy."""
+    """Trained on labels, once, in as many cycles as the protocol has (Loshchilov and Hutter, SGDR, ICLR 2017); and its accuracy."""
     model, out = net_of(name, 0, options.device), Path(options.out)
     file = Path(options.teachers or options.out) / f"{name}.safetensors"
     if not file.exists():
-        ifx.train(
-            model, data.train, epochs=protocol.teacher_epochs, val_loader=data.test, seed=0, run_dir=out / name,
-            device=options.device, compile=options.compile, **protocol.of(name, protocol.teacher_epochs),
-        )  # fmt: skip
+        for cycle, epochs in enumerate(protocol.teacher_epochs):
+            ifx.train(
+                model, data.train, epochs=epochs, val_loader=data.test, seed=cycle, device=options.device,
+                run_dir=out / (f"{name}-{cycle}" if cycle else name), compile=options.compile, **protocol.of(name, epochs),
+            )  # fmt: skip
         save_file({key: value.contiguous() for key, value in model.cpu().state_dict().items()}, file)
     model.load_state_dict(load_file(file))
     model.to(options.device)
@@ -139,7 +143,7 @@ def run(options: argparse.Namespace) -> None:
     options.device = "cuda" if torch.cuda.is_available() else "cpu"
     began, protocol, out = time.time(), PROTOCOLS[options.protocol], Path(options.out)
     if options.epochs:
-        protocol = replace(protocol, epochs=options.epochs, teacher_epochs=options.epochs)
+        protocol = replace(protocol, epochs=options.epochs, teacher_epochs=(options.epochs,))
     if options.teacher_epochs:
         protocol = replace(protocol, teacher_epochs=options.teacher_epochs)
     out.mkdir(parents=True, exist_ok=True)
@@ -158,7 +162,7 @@ def run(options: argparse.Namespace) -> None:
                 figures = train_arm(pair, arm, seed, teacher, data, protocol, options)
                 figures = {"pair": pair, "arm": arm, "seed": seed, "teacher": accuracy, **figures}
                 figures |= {"protocol": options.protocol, "epochs": protocol.epochs, "device": options.device}
-                figures |= {"teacher epochs": protocol.teacher_epochs, "compile": options.compile}
+                figures |= {"teacher epochs": list(protocol.teacher_epochs), "compile": options.compile}
                 figures |= {"torch": torch.__version__, "date": datetime.now(UTC).isoformat(timespec="seconds")}
                 target.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
                 print(f"{target.stem}: {figures['accuracy']:.2%}, {figures['wall seconds']:.0f} s", flush=True)
@@ -235,7 +239,10 @@ def main() -> None:
     one_run.add_argument(
         "--epochs", type=int, help="of teachers and students, instead of the protocol's (`short` only)"
     )
-    one_run.add_argument("--teacher-epochs", type=int, help="of teachers alone (`short` only)")
+    one_run.add_argument(
+        "--teacher-epochs", type=int, nargs="+", metavar="EPOCHS",
+        help="of teachers alone (`short` only); several are cycles, each from the full learning rate down to 0",
+    )  # fmt: skip
     one_run.add_argument("--compile", action="store_true", help="train with torch.compile")
     one_run.add_argument("--pairs", nargs="+", default=PAIRS, metavar="TEACHER:STUDENT")
     one_run.add_argument("--arms", nargs="+", choices=arms, default=arms)

@@ -7,11 +7,13 @@ number for each sample, whatever its name.
 
 In a sequence the inputs may be one part of their own, by name or in order, and the labels may lie in a mapping:
 `({"image": x}, y)`, `((x, mask), y)`, `(x, {"labels": y})`. So may they by name: `{"inputs": {"image": x}, "labels": y}`.
+
+An input is a tensor, or a dict, tuple or list of tensors if the model may take that: by the example it was traced with, or as far as its
+signature does not say otherwise. The entries of a dict that it takes may lie in the batch one by one.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +22,7 @@ import torch
 from torch import Tensor
 
 from indistill_fx.errors import ConfigError
+from indistill_fx.system.call import Call
 from indistill_fx.system.model_inputs import INDICES, Inputs
 from indistill_fx.system.nested import described, is_own_class, listed, named, replaced, tensors_of
 
@@ -30,68 +33,6 @@ FEATURES = "teacher_features"
 _SPECIAL = {*LABELS, INDICES, FEATURES}
 Sizes = tuple[int | None, ...]
 """Of a tensor; None for an axis of any size."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)  # older versions of torch.compile hash it before it has its fields
-class Call:
-    """The arguments of one model's forward."""
-
-    args: tuple[Any, ...] = ()
-    kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-    def __call__(self, model: Callable[..., Any]) -> Any:
-        """The model's output for this batch."""
-        return model(*self.args, **self.kwargs)
-
-    @property
-    def first(self) -> Tensor | None:
-        """The first argument that is a tensor."""
-        return next((value for value in (*self.args, *self.kwargs.values()) if isinstance(value, Tensor)), None)
-
-    def plus(self, more: Mapping[str, Any]) -> Call:
-        """The call with further arguments."""
-        return Call(self.args, {**self.kwargs, **more}) if more else self
-
-    @staticmethod
-    def of_example(example: Any, model: Inputs, *, where: str) -> Call:
-        """Example inputs as a call.
-
-        Args:
-            example: a tensor; the arguments in order; or tensors by name, of which the model gets what it takes. A tuple of a class
-                of its own whose names are not those of the arguments is one argument.
-            model: what it takes.
-            where: who asks, for messages.
-
-        Raises:
-            ConfigError: by name, an input is missing.
-        """
-        if isinstance(example, Call):
-            return example
-        if model.by_number:
-            return Call((torch.arange(2),))
-        if isinstance(example, Tensor):
-            return Call((example,))
-        entries = _entries(example, (model,))
-        if entries is not None:
-            return _by_name(entries, {}, model, example, where)
-        return Call((example,) if is_own_class(example) else tuple(example))
-
-    def to(self, device: torch.device) -> Call:
-        """The call with its tensors on a device."""
-        return self.changed(lambda tensor: tensor.to(device))
-
-    def changed(self, change: Callable[[Tensor], Tensor]) -> Call:
-        """The call with a function applied to each of its tensors."""
-
-        def new(value: Any) -> Any:
-            return change(value) if isinstance(value, Tensor) else value
-
-        return Call(tuple(map(new, self.args)), {name: new(value) for name, value in self.kwargs.items()})
-
-    def tensors(self, names: Sequence[str]) -> dict[str, Tensor]:
-        """The arguments by name, in order."""
-        found = dict(zip(names, self.args, strict=False)) | {key: v for key, v in self.kwargs.items() if v is not None}
-        return {name: found[name] for name in names if name in found}
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +71,30 @@ class _Form:
     indices: Tensor | None
 
 
+def call_of(example: Any, model: Inputs, *, where: str) -> Call:
+    """Example inputs as a call.
+
+    Args:
+        example: a tensor; the arguments in order; or arguments by name, of which the model gets what it takes. A tuple of a class of its
+            own whose names are not those of the arguments is one argument.
+        model: what it takes.
+        where: who asks, for messages.
+
+    Raises:
+        ConfigError: by name, an input is missing.
+    """
+    if isinstance(example, Call):
+        return example
+    if model.by_number:
+        return Call((torch.arange(2),))
+    if isinstance(example, Tensor):
+        return Call((example,))
+    entries = _entries(example, (model,))
+    if entries is not None:
+        return _by_name(_Form(entries, True, {}, None, None), entries, model, example, where)
+    return Call((example,) if is_own_class(example) else tuple(example))
+
+
 def split(batch: Any, *models: Inputs, where: str) -> Parts:
     """Take a batch apart for one model or several.
 
@@ -146,7 +111,7 @@ def split(batch: Any, *models: Inputs, where: str) -> Parts:
         hint = "Let the loader yield batches, not samples."
         raise unfit(where, "labels", "a single number", "a tensor (batch, …)", hint)
     if isinstance(form.inputs, Mapping):
-        calls = tuple(_by_name(form.inputs, form.beside, model, batch, where) for model in models)
+        calls = tuple(_by_name(form, form.inputs, model, batch, where) for model in models)
         return Parts(calls, _widened(form.labels), form.indices, form.inputs.get(FEATURES))
     return Parts(_in_order(form, form.inputs, models, batch, where), _widened(form.labels), form.indices)
 
@@ -167,8 +132,8 @@ def _form_of(batch: Any, models: Sequence[Inputs], where: str) -> _Form:
         return _with_rest(values[0], values[1:], batch, models, where)
     plain = [model for model in models if not model.by_number]
     count = max([len(model.required) for model in plain] or [1])  # older versions of torch.compile know no `default=`
-    if isinstance(values, (tuple, list)):  # some inputs may lie with the labels
-        count = next((place for place in range(1, min(count, len(values))) if named(values[place]) is not None), count)
+    if isinstance(values, (tuple, list)):
+        count = next((place for place in range(1, min(count, len(values))) if _holds_labels(values, place)), count)
     if not isinstance(values, (tuple, list)) or len(values) < count:
         names = next((model.required for model in plain if len(model.required) == count), ("inputs",))
         raise ConfigError(
@@ -177,7 +142,7 @@ def _form_of(batch: Any, models: Sequence[Inputs], where: str) -> _Form:
             hint=f"Let the loader yield a tuple of tensors ({', '.join(names)}, labels) or a dict with these names.",
         )  # fmt: skip
     for name, value in zip(plain[0].names if plain else (), values[:count], strict=False):
-        _require_tensor(value, name, where, "Yield tensors, or one dict.")
+        _require_input(value, name, plain[0], where, "Yield tensors, or one dict.")
     labels, beside = _labels_and_more((*values[count:], None)[0], batch, where)
     optional = next((name for model in plain for name in (*model.names, *model.left_out)[count:]), None)
     rest = values[count + 1 : None if plain else count + 2]  # without a model, what is there is not known
@@ -231,7 +196,7 @@ def _with_rest(inputs: Any, rest: Sequence[Any], batch: Any, models: Sequence[In
     _require_tensor(more.get(INDICES), INDICES, where)
     indices = _indices_in(rest[1:], more, where)
     beside = beside if indices is None else {**beside, INDICES: indices}
-    return _Form(tuple(inputs) if entries is None else entries, True, beside, labels, indices)
+    return _Form(inputs if entries is None else entries, True, beside, labels, indices)
 
 
 def _labels_and_more(found: Any, batch: Any, where: str) -> tuple[Tensor | None, Mapping[str, Any]]:
@@ -271,8 +236,18 @@ def _only_structure(entries: Mapping[str, Any], models: Sequence[Inputs]) -> Any
     return holding[0] if len(holding) == 1 and not asked and not isinstance(holding[0], Tensor) else None
 
 
+def _holds_labels(values: Sequence[Any], place: int) -> bool:
+    """Whether there lie the labels, by name, perhaps with some inputs: not an input that takes a dict."""
+    entries = named(values[place])
+    return entries is not None and (_label_in(entries) is not None or place == len(values) - 1)
+
+
 def _is_structure(value: Any) -> bool:
     return not isinstance(value, Tensor) and bool(tensors_of(value))
+
+
+def _is_input(value: Any) -> bool:
+    return isinstance(value, Tensor) or _is_structure(value)
 
 
 def _label_in(entries: Mapping[str, Any]) -> str | None:
@@ -288,6 +263,15 @@ def _require_tensor(value: Any, name: str, where: str, hint: str = "Let the load
         raise unfit(where, name, f"of type {type(value).__name__}", "a tensor", hint)
 
 
+def _require_input(
+    value: Any, name: str, model: Inputs, where: str, hint: str = "Let the loader yield tensors."
+) -> None:
+    """Refuse what is no tensor, unless it consists of tensors and the model may take that."""
+    one = name in model.forms and model.forms[name] is None
+    if one or not _is_structure(value) or _label_in(named(value) or {}) is not None:  # with labels, it is a sample
+        _require_tensor(value, name, where, hint)
+
+
 def _in_order(form: _Form, values: Sequence[Any], models: Sequence[Inputs], batch: Any, where: str) -> tuple[Call, ...]:
     if form.apart:
         _require_as_many(values, form.labels, models, batch, where)
@@ -299,13 +283,23 @@ def _in_order(form: _Form, values: Sequence[Any], models: Sequence[Inputs], batc
                 raise unfit(where, INDICES, "absent", "(batch,) whole numbers", hint)
             calls.append(Call((form.indices,)))
             continue
-        args = tuple(values[: len(model.names if form.apart else model.required)])
+        args = _taken(values, model) if form.apart else tuple(values[: len(model.required)])
         for name, value in zip(model.names, args, strict=False):
-            _require_tensor(value if value is not None else (), name, where, "Yield tensors, or one dict.")
+            _require_input(value if value is not None else (), name, model, where, "Yield tensors, or one dict.")
         more = len(args) < len(model.required) or any(name in form.beside for name in model.names[len(args) :])
         by_name = dict(zip(model.names, args, strict=False))
-        calls.append(_by_name(by_name, form.beside, model, batch, where) if more else Call(args))
+        calls.append(_by_name(form, by_name, model, batch, where) if more else Call(args))
     return tuple(calls)
+
+
+def _taken(values: Sequence[Any], model: Inputs) -> tuple[Any, ...]:
+    """The arguments, of inputs in order that are a part of their own: one by one; or all together, if the model takes a tuple alone."""
+    return (values,) if _is_one_argument(values, model) else tuple(values[: len(model.names)])
+
+
+def _is_one_argument(values: Sequence[Any], model: Inputs) -> bool:
+    several = len(model.required) == 1 and model.forms.get(model.required[0]) is not None
+    return several and isinstance(values[0], Tensor)
 
 
 def _require_as_many(
@@ -315,7 +309,7 @@ def _require_as_many(
     plain = [model for model in models if not model.by_number]
     for model in plain:
         most = max(len(model.names) for model in plain) if not model.left_out else len(model.names)
-        if not len(model.required) <= len(values) <= most:
+        if not len(model.required) <= len(values) <= most and not _is_one_argument(values, model):
             raise ConfigError(
                 f"{where} got a batch it cannot read: {described(batch)}. It has {len(values)} inputs in order, and "
                 f"{model.owner or 'the model'} takes {listed(model.names)}.",
@@ -328,29 +322,35 @@ def _require_as_many(
         raise unfit(where, "labels", f"of {len(labels)} samples", f"of as many as the inputs ({counts[0]})", hint)
 
 
-def _by_name(inputs: Mapping[str, Any], beside: Mapping[str, Any], model: Inputs, batch: Any, where: str) -> Call:
-    special, entries = _SPECIAL - {*model.required}, {**beside, **inputs}
+def _by_name(form: _Form, inputs: Mapping[str, Any], model: Inputs, batch: Any, where: str) -> Call:
+    special, entries = _SPECIAL - {*model.required}, {**form.beside, **inputs}
     free = {name: value for name, value in entries.items() if name not in special}
     chosen = {name: value for name, value in free.items() if name in model.names or (model.anything and name in inputs)}
+    for name, parts in model.forms.items():  # a dict whose entries are those of the batch
+        if parts and name not in chosen and all(part in free for part in parts):
+            chosen[name] = {part: free[part] for part in parts}
     missing = [name for name in model.required if name not in chosen]
-    only = [value for name, value in free.items() if name in inputs and isinstance(value, Tensor)]
+    own = {name: value for name, value in free.items() if name in inputs and _is_input(value)}
+    only = [value for value in own.values() if isinstance(value, Tensor)]
     only = [value for value in only if value.ndim > 1] if len(only) > 1 else only
-    if missing and not chosen and len(model.required) == len(only) == 1:
-        return Call((), {missing[0]: only[0]})
+    if missing and not chosen and len(model.required) == 1:
+        known = missing[0] in model.forms
+        if len(only) == 1 and model.forms.get(missing[0]) is None:
+            return Call((), {missing[0]: only[0]})
+        if own and (model.forms[missing[0]] == () if known else form.apart and len(own) > 1):
+            return Call((), {missing[0]: own})
     if missing:
         raise ConfigError(
             f"{where} got a batch it cannot read: {described(batch)}. It has no `{missing[0]}`.",
             where=missing[0], got=list(entries), expected=list(model.required),
             hint=f"{model.owner or 'The model'} takes {listed(model.names)}. Let the loader yield them by name, or in order, then labels."
-            + " If it takes a dict, wrap it in a module that takes the entries one by one."
-            * (len(model.required) == 1 < len(only)),
+            + (f" If `{missing[0]}` is a dict, let it yield (the dict, labels), or write `{missing[0]}: dict` in the forward's signature."
+               if len(model.required) == 1 < len(only) else ""),
         )  # fmt: skip
     for name in model.required:
-        _require_tensor(chosen[name], name, where)
+        _require_input(chosen[name], name, model, where)
     order = (*(name for name in model.names if name in chosen), *(name for name in chosen if name not in model.names))
-    return Call(
-        (), {k: chosen[k] for k in order if isinstance(chosen[k], Tensor) or k in model.required}
-    )  # required: or None
+    return Call((), {k: chosen[k] for k in order if _is_input(chosen[k]) or k in model.required})  # required: or None
 
 
 def _widened(labels: Tensor | None) -> Tensor | None:
@@ -390,7 +390,7 @@ def with_features(batch: Any, model: Inputs, look_up: Callable[[Tensor], Mapping
     parts = split(batch, model, where="The feature cache")
     if parts.indices is None:
         raise ConfigError("A batch has no sample indices.", where="feature cache", expected="inputs, labels, indices")
-    inputs = parts.calls[0].tensors(model.names)
+    inputs = parts.calls[0].by_name(model.names)
     return inputs | {LABELS[0]: parts.labels, INDICES: parts.indices, FEATURES: look_up(parts.indices)}
 
 

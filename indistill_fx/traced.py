@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -12,11 +11,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx, nn
 
-from indistill_fx.batch import Call, split
+from indistill_fx.batch import split
 from indistill_fx.errors import ConfigError, nearest
+from indistill_fx.graph.edit import input_nodes
 from indistill_fx.graph.module_state import device_of
 from indistill_fx.graph.ops import op_name
 from indistill_fx.graph.view import View
+from indistill_fx.system.call import Call
 from indistill_fx.system.model_inputs import Inputs
 
 Role = Literal["teacher", "student"]
@@ -171,12 +172,7 @@ class TracedModel:
     @cached_property
     def input_nodes(self) -> tuple[str, ...]:
         """The nodes that hold the tensors the model is given: its placeholders, or their parts where a list or dict of tensors is given."""
-        parts: dict[fx.Node, None] = {}
-        for node in self.graph_module.graph.nodes:
-            first = node.args[0] if node.target is operator.getitem else None
-            if node.op == "placeholder" or (first in parts and first.name not in self.facts):
-                parts[node] = None
-        return tuple(node.name for node in parts if node.name in self.facts)
+        return tuple(node.name for node in input_nodes(self.graph_module.graph, self.facts))
 
     def node(self, tap: str) -> fx.Node:
         """The node that a tap names.
@@ -263,7 +259,7 @@ class TracedModel:
         parts = split(batch, self.inputs, where=where)
         device = device_of(self.graph_module)
         call = parts.calls[0].to(device)
-        found = (call.changed(self.view.apply) if self.view is not None else call).tensors(self.inputs.names)
+        found = (call.changed(self.view.apply) if self.view is not None else call).by_name(self.inputs.names)
         names = Inputs.of(self.graph_module).names
         given = [found.get(name, value) for name, value in zip(names, self.example_values, strict=True)]
         return tuple(given), parts.labels.to(device) if parts.labels is not None else None

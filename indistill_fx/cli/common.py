@@ -195,6 +195,8 @@ def _dummy_inputs(module: nn.Module) -> Any:
 
 def _example_of_data(sources: tuple[Source, ...], data: Data) -> Any:
     """Random numbers of an image's size; if a batch is not a single tensor of real numbers, its first samples."""
+    from torch import Tensor
+
     from indistill_fx.batch import split
     from indistill_fx.system.model_inputs import Inputs
     from indistill_fx.system.nested import samples_of
@@ -211,7 +213,7 @@ def _example_of_data(sources: tuple[Source, ...], data: Data) -> Any:
         ]
         return {name: value for entries in named for name, value in entries.items()}
     longest = max((call.args for call in calls), key=len)
-    plain = len(longest) == 1 and longest[0].is_floating_point()
+    plain = len(longest) == 1 and isinstance(longest[0], Tensor) and longest[0].is_floating_point()
     return _random(tuple(longest[0].shape[1:])) if plain else longest
 
 
@@ -265,17 +267,18 @@ def first_batches(loader: Any, samples: int) -> list[Any]:
 
 def first_inputs(loader: Any, samples: int, module: nn.Module) -> Any:
     """The inputs of the first samples as a model takes them: one tensor, several in order, or by name."""
-    import torch
+    from torch import Tensor
 
     from indistill_fx.batch import split
     from indistill_fx.system.model_inputs import Inputs
+    from indistill_fx.system.nested import joined
 
     taken = Inputs.of(module)
     calls = [split(batch, taken, where=taken.owner).calls[0] for batch in first_batches(loader, samples)]
     if calls[0].kwargs:
-        return {name: torch.cat([call.kwargs[name] for call in calls]) for name in calls[0].kwargs}
-    inputs = [torch.cat(parts) for parts in zip(*(call.args for call in calls), strict=True)]
-    return inputs[0] if len(inputs) == 1 else inputs
+        return joined([call.kwargs for call in calls])
+    inputs = joined([call.args for call in calls])
+    return inputs[0] if len(inputs) == 1 and isinstance(inputs[0], Tensor) else inputs
 
 
 def deployment_facts(spec: str, source: Source, data: Data | None, task: Any = None) -> dict[str, str]:

@@ -256,7 +256,7 @@ def _assisted(
     """Train the assistant, which is the teacher of the second step."""
     from pathlib import Path
 
-    from indistill_fx.batch import Call
+    from indistill_fx.batch import call_of
     from indistill_fx.deploy.save_pt2 import save_program
     from indistill_fx.passes.capture.trace import as_traced
     from indistill_fx.system.model_inputs import Inputs
@@ -286,7 +286,7 @@ def _assisted(
     (record,) = distill_chain([source, assistant], data.train, steps=[step], run_dir=options["output"], **shared)
     if options["assistant"] == "auto" and is_main_process():
         takes = Inputs.of(assistant)
-        example = Call.of_example(shared["example_inputs"], takes, where="The assistant").tensors(takes.names)
+        example = call_of(shared["example_inputs"], takes, where="The assistant").by_name(takes.names)
         save_program(assistant, tuple(example.values()), spec)  # `export` and `evaluate` load step-1 with it
     training.print_run(record, str(place))
     if logits == options["logits"]:

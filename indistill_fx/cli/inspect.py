@@ -106,4 +106,6 @@ def _show_passes(out: Console, traced: TracedModel) -> None:
 
 
 def _inputs(inputs: tuple[object, ...]) -> str:
-    return ", ".join("x".join(map(str, getattr(value, "shape", ())[1:])) for value in inputs)
+    from indistill_fx.system.nested import tensors_of
+
+    return ", ".join("x".join(map(str, value.shape[1:])) for value in tensors_of(inputs))

@@ -249,11 +249,11 @@ def kept_of(
 
     Of a batch by name the model gets what it takes; labels and file names stay out.
     """
-    from indistill_fx.batch import Call
+    from indistill_fx.batch import call_of
     from indistill_fx.runs.load import about, about_data
     from indistill_fx.system.model_inputs import Inputs
 
-    call = Call.of_example(example, Inputs.of(module), where="The example")
+    call = call_of(example, Inputs.of(module), where="The example")
     return about(spec, options["data"], data.input_size, call, **more, **about_data(data), **entry(options))
 
 

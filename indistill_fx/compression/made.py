@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter
-from torch import Tensor, nn
+from torch import nn
 
 from indistill_fx.compression.correspond import plan_if_any
 from indistill_fx.compression.make_student import Step, Untrained
@@ -62,7 +62,7 @@ class Made:
 
 def input_size(model: TracedModel) -> tuple[int, ...]:
     """Of one sample, of the first input that is a tensor."""
-    return tuple(next(value for value in model.example_values if isinstance(value, Tensor)).shape[1:])
+    return tuple(model.example.tensors[0].shape[1:])
 
 
 def check_free(folder: Path, resume: bool) -> None:

@@ -39,6 +39,7 @@ from indistill_fx.runs.directory import PLAN
 from indistill_fx.runs.model_facts import FACTS
 from indistill_fx.system.exact_arithmetic import exact_arithmetic
 from indistill_fx.system.files import make_folder, staged
+from indistill_fx.system.nested import map_tensors
 from indistill_fx.system.tensor_files import header_of
 from indistill_fx.traced import TracedModel
 
@@ -209,7 +210,7 @@ def _frozen(tensors: Mapping[str, Tensor]) -> Iterator[Line]:
 
 def _head(model: TracedModel) -> str:
     parameters = sum(parameter.numel() for parameter in model.graph_module.parameters())
-    sizes = [tuple(value.shape[1:]) for value in model.example_values if isinstance(value, Tensor)]
+    sizes = [tuple(value.shape[1:]) for value in model.example.tensors]
     shapes = ", ".join("x".join(map(str, size)) for size in sizes)
     return (
         f'"""Student: {parameters:,} parameters, {model.macs:,} multiply-accumulates a sample of {shapes}.\n\n'
@@ -310,7 +311,7 @@ Outcome = tuple[Any, dict[str, Tensor]]
 
 def _outcome(module: nn.Module, model: TracedModel, training: bool, buffers: Mapping[str, Tensor]) -> Outcome:
     """What a call does at the example, the module in one mode; it is as before afterwards."""
-    inputs = tuple(v.detach().clone() if isinstance(v, Tensor) else v for v in model.example_values)
+    inputs = map_tensors(model.example_values, lambda value: value.detach().clone())
     with untouched(module), mode(module, training=training), torch.no_grad(), exact_arithmetic():
         torch.manual_seed(0)
         return module(*inputs), {name: value.clone() for name, value in buffers.items()}

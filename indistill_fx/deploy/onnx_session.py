@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from indistill_fx.batch import Call
+from indistill_fx.batch import call_of
 from indistill_fx.deploy.nested_inputs import Form
 from indistill_fx.errors import ConfigError, ExportError, instead_of
 from indistill_fx.graph.preprocess import Preprocess
@@ -83,7 +83,7 @@ def inputs_of(
     if not isinstance(given, Mapping):
         args = (given,) if isinstance(given, Tensor) or is_own_class(given) else tuple(given)
     elif all(isinstance(value, Tensor) for value in given.values()) or not set(given) <= set(Inputs.of(module).names):
-        kwargs = Call.of_example(given, Inputs.of(module), where=f"`{where}`").kwargs
+        kwargs = call_of(given, Inputs.of(module), where=f"`{where}`").kwargs
     else:  # dicts and tuples of tensors, or None
         kwargs = given
     form, tensors = Form.of(module, args, kwargs)

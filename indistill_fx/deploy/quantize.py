@@ -19,12 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from indistill_fx.batch import split
+from indistill_fx.deploy.nested_inputs import in_batch
 from indistill_fx.deploy.onnx_session import Array, feed, file_size, graph_of, open_session
 from indistill_fx.deploy.parity import logits_of
 from indistill_fx.errors import ConfigError, ExportError, nearest
 from indistill_fx.system.files import staged
-from indistill_fx.system.model_inputs import Inputs
 from indistill_fx.system.shortage import instead_of_any
 from indistill_fx.version import __version__
 
@@ -220,18 +219,17 @@ def _pieces(
 ) -> Iterator[_Piece]:
     """Batches split to the file's batch size if it is fixed, otherwise to at most `most` rows."""
     inputs = session.get_inputs()
-    takes = Inputs(tuple(entry.name for entry in inputs), tuple(entry.name for entry in inputs))
+    names = [entry.name for entry in inputs]
     fixed = inputs[0].shape[0] if isinstance(inputs[0].shape[0], int) else None
     for batch in batches:
-        parts = split(batch, takes, where="The file")
-        values = list(parts.calls[0].tensors(takes.names).values())
+        values, given = in_batch(batch, names, where="The file")
         size = fixed or most or max(len(values[0]), 1)
         for start in range(0, len(values[0]), size):
             chosen = [value[start : start + size] for value in values]
             rows = len(chosen[0])
             if fixed and rows < fixed:
                 chosen = [value[torch.arange(fixed) % rows] for value in chosen]
-            labels = np.asarray(parts.labels[start : start + size]) if parts.labels is not None else None
+            labels = np.asarray(given[start : start + size]) if given is not None else None
             yield _Piece(feed(session, chosen), rows, labels)
 
 

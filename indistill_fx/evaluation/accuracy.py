@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from indistill_fx.batch import Call, split
+from indistill_fx.batch import call_of, split
 from indistill_fx.errors import ConfigError, IndistillError
 from indistill_fx.evaluation.outputs import outputs_of, select_logits
 from indistill_fx.graph.module_state import device_of, evaluating
@@ -253,7 +253,7 @@ def more_outputs_than_classes(
         return None
     try:
         with evaluating(module), torch.no_grad():
-            call = Call.of_example(example, Inputs.of(module), where="The example")
+            call = call_of(example, Inputs.of(module), where="The example")
             outputs = select_logits(outputs_of(module, call), logits).shape
     except IndistillError:  # training says it in more words
         return None

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from indistill_fx.batch import Call
+from indistill_fx.batch import call_of
 from indistill_fx.evaluation.outputs import outputs_of
 from indistill_fx.graph.main_output import entries
 from indistill_fx.graph.module_state import evaluating
@@ -36,7 +36,7 @@ def logits_of_each(
     names = [name for name in kept if isinstance(name, str)]
     if student.logits is not None or not names:
         return kept, student.logits
-    call = Call.of_example(example, Inputs.of(student.module), where="The student")
+    call = call_of(example, Inputs.of(student.module), where="The student")
     with evaluating(student.module), torch.no_grad():
         known = entries(outputs_of(student.module, call)) or {}
     return kept, next((name for name in names if name in known), None)

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from indistill_fx.batch import Call
 from indistill_fx.errors import ConfigError
 from indistill_fx.graph.main_output import as_key, main_output
 from indistill_fx.passes.capture.equivalence import other_dtype
+from indistill_fx.system.call import Call
 from indistill_fx.system.shortage import is_out_of_memory
 
 
@@ -97,7 +97,7 @@ def outputs_of(module: nn.Module | Callable[..., Any], call: Call) -> Any:
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         if is_out_of_memory(error):
             raise
-        given = [value for value in (*call.args, *call.kwargs.values()) if isinstance(value, Tensor)]
+        given = call.tensors
         shapes = ", ".join(str(tuple(value.shape)) for value in given)
         name = type(module).__name__ if isinstance(module, nn.Module) else getattr(module, "__qualname__", "The model")
         if isinstance(module, fx.GraphModule) and (fixed := _FIXED.search(str(error))) is not None:

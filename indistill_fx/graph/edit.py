@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import linecache
+import operator
 from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
@@ -117,6 +118,21 @@ def tensor_nodes(value: object) -> list[fx.Node]:
     if isinstance(value, (fx.Node, int, float, str, type(None))):
         return [value] if isinstance(value, fx.Node) else []
     return [leaf for leaf in tree_leaves(value, is_leaf=lambda v: isinstance(v, fx.Node)) if isinstance(leaf, fx.Node)]
+
+
+def input_nodes(graph: fx.Graph, known: Container[str]) -> list[fx.Node]:
+    """The nodes that hold the tensors a graph is given: its placeholders, or their parts where a list or dict of tensors is given.
+
+    Args:
+        graph: the graph.
+        known: names of the nodes that hold a tensor.
+    """
+    parts: dict[fx.Node, None] = {}
+    for node in graph.nodes:
+        first = node.args[0] if node.target is operator.getitem else None
+        if node.op == "placeholder" or (first in parts and first.name not in known):
+            parts[node] = None
+    return [node for node in parts if node.name in known]
 
 
 def output_node(graph: fx.Graph) -> fx.Node:

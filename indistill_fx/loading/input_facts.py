@@ -13,11 +13,11 @@ from typing import Any, Literal, TypeGuard
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from indistill_fx.batch import Call
 from indistill_fx.graph.module_state import evaluating
 from indistill_fx.loading.spec import LARGEST_IN_A_FILE, is_input_size
+from indistill_fx.system.call import Call
 
 Normalisation = tuple[tuple[float, ...], tuple[float, ...]]
 
@@ -125,10 +125,7 @@ def other_channels(module: nn.Module, call: Call) -> Literal[1, 3] | None:
         module: any model.
         call: inputs as the batch has them.
     """
-    values = (*call.args, *call.kwargs.values())
-    pictures = [
-        value for value in values if isinstance(value, Tensor) and value.is_floating_point() and value.ndim == 4
-    ]
+    pictures = [value for value in call.tensors if value.is_floating_point() and value.ndim == 4]
     wanted = picture_channels(module)
     if len(pictures) != 1 or wanted is None or {wanted, pictures[0].shape[1]} != {1, 3}:
         return None

@@ -113,7 +113,7 @@ def describe_inputs(example: Any) -> list[str]:
     """
     from torch import Tensor
 
-    from indistill_fx.batch import Call
+    from indistill_fx.system.call import Call
 
     if isinstance(example, Call):
         example = (
@@ -149,7 +149,7 @@ def within_tables(example: Any, module: nn.Module) -> Any:
     import torch
     from torch.utils._pytree import tree_leaves, tree_map
 
-    from indistill_fx.batch import Call
+    from indistill_fx.batch import call_of
     from indistill_fx.graph.module_state import mode, untouched
     from indistill_fx.system.model_inputs import Inputs
 
@@ -158,7 +158,7 @@ def within_tables(example: Any, module: nn.Module) -> Any:
         return example
     try:
         with untouched(module), mode(module, training=False), torch.no_grad():
-            Call.of_example(example, Inputs.of(module), where="The example")(module)
+            call_of(example, Inputs.of(module), where="The example")(module)
     except IndexError:
         return tree_map(lambda leaf: torch.zeros_like(leaf) if any(leaf is one for one in whole) else leaf, example)
     except Exception:  # whatever else its code raises is told where the inputs are used

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from indistill_fx.batch import Call
+from indistill_fx.batch import call_of
 from indistill_fx.errors import ConfigError, IndistillError, MatchError
 from indistill_fx.graph.module_state import device_of, evaluating, uncompiled
 from indistill_fx.graph.view import View
@@ -21,7 +21,8 @@ from indistill_fx.loading.input_facts import other_channels
 from indistill_fx.passes.capture.trace import as_traced
 from indistill_fx.passes.extract.view import as_seen
 from indistill_fx.plan import AlignmentPlan, Layers, ModelStamp, Pair, member_of
-from indistill_fx.system.model_inputs import Inputs
+from indistill_fx.system.call import Call
+from indistill_fx.system.model_inputs import FORM, Inputs, form_of
 from indistill_fx.traced import TracedModel
 
 
@@ -83,6 +84,8 @@ def ensemble(
     root.teachers = nn.ModuleList(teachers)
     graph = fx.Graph()
     given = [graph.placeholder(name) for name in names]
+    for node, value in zip(given, values, strict=True):
+        node.meta[FORM] = form_of(value)
     outputs = []
     for number, view in enumerate(views):
         inputs = list(zip(given, values, strict=True))
@@ -215,11 +218,11 @@ def _in_order(pairs: Sequence[Pair], teacher: TracedModel) -> list[Pair]:
     return kept
 
 
-def _inputs(teachers: Sequence[nn.Module], example: Any) -> tuple[tuple[str, ...], list[tuple[str, ...]], list[Tensor]]:
+def _inputs(teachers: Sequence[nn.Module], example: Any) -> tuple[tuple[str, ...], list[tuple[str, ...]], list[Any]]:
     """Names of the inputs of all of them together, and of each; and the inputs."""
     takes = [Inputs.of(teacher) for teacher in teachers]
-    calls = [Call.of_example(example, signature, where=f"Teacher {number}") for number, signature in enumerate(takes)]
-    names = [tuple(call.tensors(signature.names)) for call, signature in zip(calls, takes, strict=True)]
+    calls = [call_of(example, signature, where=f"Teacher {number}") for number, signature in enumerate(takes)]
+    names = [tuple(call.by_name(signature.names)) for call, signature in zip(calls, takes, strict=True)]
     if len({len(teacher_names) for teacher_names in names}) > 1:
         raise ConfigError(
             "The teachers take different inputs: "
@@ -229,13 +232,13 @@ def _inputs(teachers: Sequence[nn.Module], example: Any) -> tuple[tuple[str, ...
             got=[list(teacher_names) for teacher_names in names],
             hint="Several teachers see the same inputs.",
         )
-    return names[0], names, list(calls[0].tensors(names[0]).values())
+    return names[0], names, list(calls[0].by_name(names[0]).values())
 
 
 def _views(
     teachers: Sequence[nn.Module],
     places: Sequence[Sequence[str]],
-    values: Sequence[Tensor],
+    values: Sequence[Any],
     asked: Sequence[View | None] | None,
 ) -> list[View | None]:
     """The view of each teacher: the requested one, and images with the number of channels that it takes."""
@@ -256,7 +259,7 @@ def _views(
 def _checked_outputs(
     teachers: Sequence[nn.Module],
     places: Sequence[Sequence[str]],
-    values: Sequence[Tensor],
+    values: Sequence[Any],
     views: Sequence[View | None],
     asked: Sequence[str | int | None],
 ) -> tuple[list[int], list[str | int | None]]:

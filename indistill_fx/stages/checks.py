@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from indistill_fx.batch import Call, Parts, Sizes, split, unfit
+from indistill_fx.batch import Parts, Sizes, split, unfit
 from indistill_fx.errors import ConfigError
 from indistill_fx.graph.view import View
 from indistill_fx.losses.choose_task import require_as_before
 from indistill_fx.losses.task import Task
+from indistill_fx.system.call import Call
 from indistill_fx.system.model_inputs import Inputs
+from indistill_fx.system.nested import tensors_of
 from indistill_fx.traced import TracedModel
 
 
@@ -117,8 +119,9 @@ def check_inputs(
     # a sharded parameter is gathered only when it is used
     if anchor is None or type(anchor) not in (Tensor, nn.Parameter):
         return
-    where, inputs = f"Stage `{stage}`", parts.calls[0].tensors(names)
-    for name, value in (*inputs.items(), ("labels", parts.labels)):
+    where, inputs = f"Stage `{stage}`", parts.calls[0].by_name(names)
+    given = [(name, tensor) for name, value in inputs.items() for tensor in tensors_of(value)]
+    for name, value in (*given, ("labels", parts.labels)):
         if value is not None and value.device != anchor.device:
             hint = f"Move the batch: batch.to({str(anchor.device)!r}), or the stage: stage.to({str(value.device)!r})."
             raise unfit(where, name, f"on {value.device}", f"on {anchor.device}, where the student is", hint)
@@ -147,10 +150,10 @@ def check_sizes(call: Call, fixed: Mapping[str, Sizes], *, where: str, role: str
     Raises:
         ConfigError: names the input and both sizes.
     """
-    found = call.tensors(tuple(fixed)) if call.kwargs else dict(zip(fixed, call.args, strict=False))
+    found = call.by_name(tuple(fixed)) if call.kwargs else dict(zip(fixed, call.args, strict=False))
     for name, sizes in fixed.items():
         value = found.get(name)
-        if value is None or all(n in (None, size) for n, size in zip(sizes, value.shape, strict=False)):
+        if not isinstance(value, Tensor) or all(n in (None, size) for n, size in zip(sizes, value.shape, strict=False)):
             continue
         got, expected = ("x".join("any" if n is None else str(n) for n in shape) for shape in (value.shape, sizes))
         hint = "Bring all batches to one size (pad them), and give that size: --input, example_inputs=…."

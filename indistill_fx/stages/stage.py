@@ -124,6 +124,11 @@ class Stage(nn.Module):
         return self._inputs
 
     @property
+    def takes(self) -> Inputs:
+        """What the student takes of a batch."""
+        return self._takes[0]
+
+    @property
     def teacher_taps(self) -> tuple[str, ...]:
         """Names of the teacher's tensors that the loss reads."""
         if self.teacher is None:

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from indistill_fx.batch import Call
 from indistill_fx.data.dataset import Data
 from indistill_fx.data.normalisation import Figures as Asked
 from indistill_fx.data.normalisation import Normalisation, choose, in_channels
@@ -17,6 +16,7 @@ from indistill_fx.errors import ConfigError, nearest
 from indistill_fx.graph.view import Figures, Rescaling, View
 from indistill_fx.loading.input_facts import facts_of, other_channels
 from indistill_fx.loading.load import Source
+from indistill_fx.system.call import Call
 
 AS_GIVEN = "data"
 """In the place of figures: those of the data."""
@@ -67,10 +67,7 @@ def known_view(
         example: inputs, as the student gets them.
         normalisation: what the images are normalised by, if that is known.
     """
-    values = (*example.args, *example.kwargs.values())
-    shapes = [
-        value.shape for value in values if isinstance(value, Tensor) and value.is_floating_point() and value.ndim == 4
-    ]
+    shapes = [value.shape for value in example.tensors if value.is_floating_point() and value.ndim == 4]
     if len(shapes) != 1:
         return None, ()
     facts = facts_of(teacher)

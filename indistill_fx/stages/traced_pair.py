@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from indistill_fx.batch import Call, split
+from indistill_fx.batch import call_of, split
 from indistill_fx.errors import ConfigError
 from indistill_fx.graph.module_state import device_of, uncompiled
 from indistill_fx.graph.view import View
@@ -17,6 +17,7 @@ from indistill_fx.passes.capture.trace import as_traced
 from indistill_fx.passes.ensemble import is_ensemble
 from indistill_fx.plan import AlignmentPlan
 from indistill_fx.stages.teacher_view import known_view
+from indistill_fx.system.call import Call
 from indistill_fx.system.model_inputs import Inputs
 from indistill_fx.system.nested import samples_of
 from indistill_fx.traced import TracedModel
@@ -60,7 +61,7 @@ def traced_pair(
     if example_inputs is None and not (isinstance(teacher, TracedModel) and isinstance(student, TracedModel)):
         examples = examples_of(loader, teacher, student)
     if view is None and not isinstance(teacher, TracedModel) and not is_ensemble(teacher):
-        call = Call.of_example(examples[0], Inputs.of(uncompiled(teacher)), where="The teacher")
+        call = call_of(examples[0], Inputs.of(uncompiled(teacher)), where="The teacher")
         view, notes = known_view(uncompiled(teacher), call, getattr(loader, "figures", None))
         for note in notes:
             say(note)

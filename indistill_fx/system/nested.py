@@ -59,6 +59,19 @@ def samples_of(batch: Any, part: slice) -> Any:
     return cut(batch, 0)
 
 
+def joined(values: Sequence[Any]) -> Any:
+    """Several batches of one form as one: their tensors one after another; of what is no tensor, that of the first."""
+    first = values[0]
+    if isinstance(first, Tensor):
+        return torch.cat(list(values))
+    if isinstance(first, Mapping):
+        return {name: joined([value[name] for value in values]) for name in first}
+    if isinstance(first, (tuple, list)):
+        parts = [joined(parts) for parts in zip(*values, strict=True)]
+        return type(first)(*parts) if hasattr(first, "_fields") else type(first)(parts)
+    return first
+
+
 def replaced(batch: Any, new: Mapping[int, Tensor]) -> Any:
     """The batch with other tensors in the places of some, which are named by their `id`."""
     return map_tensors(batch, lambda tensor: new.get(id(tensor), tensor))

@@ -53,8 +53,8 @@ class FeatureStore:
         samples: how many there are; of fixed views there are so many rows for each.
     """
 
-    def __init__(self, folder: Path, inputs: Sequence[str], samples: int):
-        self.folder, self._inputs, self._samples = folder, tuple(inputs), samples
+    def __init__(self, folder: Path, takes: Inputs, samples: int):
+        self.folder, self._takes, self._samples = folder, takes, samples
         self.features = {
             tap: _mapped(folder / entry.file, entry.shape, getattr(torch, entry.dtype), shared=False)
             for tap, entry in _read_index(folder).items()
@@ -70,7 +70,7 @@ class FeatureStore:
         def look_up(indices: Tensor) -> dict[str, Tensor]:
             return {tap: values.index_select(0, indices.cpu()) for tap, values in self.features.items()}
 
-        made = with_features(batch, Inputs(self._inputs, self._inputs), look_up)
+        made = with_features(batch, self._takes, look_up)
         return made | {INDICES: made[INDICES] % self._samples}
 
 
@@ -124,7 +124,7 @@ def cache_features(
                 [([(s, by_stage[id(s)]) for s in group], graph) for group, graph in plans], data, autocast, device, say
             )
     return [
-        FeatureStore(folder, stage.inputs, loader.samples) if folder is not None else None
+        FeatureStore(folder, stage.takes, loader.samples) if folder is not None else None
         for stage, folder in zip(stages, folders, strict=True)
     ]
 
@@ -270,7 +270,7 @@ def _run(
 
 
 def _indices(batch: Any, stage: Stage) -> Tensor:
-    found = split(batch, Inputs(stage.inputs, stage.inputs), where="The feature cache").indices
+    found = split(batch, stage.takes, where="The feature cache").indices
     assert found is not None, "`same_samples` gives indices"
     return found
 

@@ -114,7 +114,7 @@ def _first_bad(graph: fx.GraphModule, batch: Any) -> str:
             raise _FoundError
 
     inputs = Inputs.of(graph)
-    given = split(batch, inputs, where="The graph").calls[0].tensors(inputs.names)
+    given = split(batch, inputs, where="The graph").calls[0].by_name(inputs.names)
     with torch.no_grad(), suppress(_FoundError):
         run_looking(graph, look, *given.values())
     return found[0] if found else ""

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import indistill_fx as ifx
-from indistill_fx.batch import Call
 from indistill_fx.evaluation.accuracy import evaluate
 from indistill_fx.graph.view import Figures, Rescaling, View
 from indistill_fx.passes.pairing.cka import cka
+from indistill_fx.system.call import Call
 
 
 def net(width: int, seed: int, classes: int = 5) -> nn.Sequential:

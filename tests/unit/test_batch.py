@@ -111,7 +111,7 @@ def test_some_samples_in_the_batches_own_form(form):
     assert type(half) is type(batch) or isinstance(half, dict)
     parts = split(half, Inputs.of(Two()), where="Test")
     assert torch.equal(parts.labels, Y[1::2])
-    assert torch.equal(next(iter(parts.calls[0].tensors(("a",)).values())), A[1::2])
+    assert torch.equal(next(iter(parts.calls[0].by_name(("a",)).values())), A[1::2])
 
 
 def test_names_of_files_are_halved_with_their_samples():
@@ -163,12 +163,12 @@ def test_a_required_input_may_be_none_by_name() -> None:
     assert set(parts.calls[0].kwargs) == {"a", "b"} and parts.calls[0].kwargs["b"] is None
 
 
-def test_a_model_that_takes_a_dict_is_to_be_wrapped() -> None:
-    with pytest.raises(ConfigError, match=r"It has no `obs`\. .* If it takes a dict, wrap it"):
+def test_entries_are_not_a_dict_unless_that_is_said() -> None:
+    with pytest.raises(ConfigError, match=r"It has no `obs`\. .* If `obs` is a dict, let it yield \(the dict, labels\)"):
         split({"state": A, "image": B, "labels": Y}, Inputs(("obs",), ("obs",)), where="Test")
     with pytest.raises(ConfigError) as caught:
         split({"state": A, "labels": Y}, Inputs(("obs", "b"), ("obs", "b")), where="Test")
-    assert "wrap" not in str(caught.value)
+    assert "is a dict" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -264,7 +264,7 @@ def test_indices_are_read_in_every_form_that_has_them():
 def test_other_labels_in_every_form(form):
     new = torch.rand(6, 2)
     found = split(with_labels(FORMS[form], new, Inputs.of(Two())), Inputs.of(Two()), where="Test")
-    assert found.labels is new and found.calls[0].tensors(("a", "b")) == {"a": A, "b": B}
+    assert found.labels is new and found.calls[0].by_name(("a", "b")) == {"a": A, "b": B}
 
 
 def test_an_optional_input_of_inputs_set_apart_is_an_input():

@@ -16,7 +16,7 @@ from transformers import BertConfig, BertForSequenceClassification
 from transformers.tokenization_utils_base import BatchEncoding
 
 import indistill_fx as ifx
-from indistill_fx.batch import Call
+from indistill_fx.batch import call_of
 from indistill_fx.cli import run
 from indistill_fx.loading.inputs import describe_inputs, example_inputs, parse_input, within_tables
 from indistill_fx.passes.capture.captured import Request
@@ -286,7 +286,7 @@ def test_inputs_are_named_once_or_not_at_all(texts):
 
 
 def test_call_takes_what_the_model_takes():
-    call = Call.of_example(batch(), Inputs.of(Student()), where="Test")
+    call = call_of(batch(), Inputs.of(Student()), where="Test")
     assert list(call.kwargs) == ["input_ids", "attention_mask"] and call.args == ()
 
 

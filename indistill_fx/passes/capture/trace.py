@@ -20,7 +20,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, fx, nn
 
-from indistill_fx.batch import Call
+from indistill_fx.batch import call_of
 from indistill_fx.errors import ConfigError, FrontendError, unknown
 from indistill_fx.graph.caches import caches_kept, no_generation_cache, reach_of
 from indistill_fx.graph.draws import Generators
@@ -36,7 +36,8 @@ from indistill_fx.passes.capture.exported import capture_exported
 from indistill_fx.passes.capture.facts import Known, infer_facts
 from indistill_fx.passes.capture.recording import capture_leaves, capture_shapes
 from indistill_fx.passes.capture.symbolic import capture_symbolic
-from indistill_fx.system.model_inputs import LEFT_OUT, Inputs
+from indistill_fx.system.call import Call
+from indistill_fx.system.model_inputs import FORM, LEFT_OUT, Inputs, form_of
 from indistill_fx.traced import Role, TracedModel, TraceReport
 
 
@@ -70,7 +71,7 @@ def as_traced(
             hint=f"Give example_inputs=…, or {role}=ifx.trace({role}, example_inputs, role={role!r}).",
         )
     model = uncompiled(model)
-    call = Call.of_example(example_inputs, Inputs.of(model), where=f"The {role}")
+    call = call_of(example_inputs, Inputs.of(model), where=f"The {role}")
     _require_numbers(call, role)
     if role == "student":
         return trace(model, call, role=role, logits=logits)
@@ -89,8 +90,8 @@ def as_traced(
 
 def _require_numbers(call: Call, role: Role) -> None:
     """Refuse NaN, because NaN cannot be compared; infinite values are allowed, as in masks."""
-    for value in (*call.args, *call.kwargs.values()):
-        if isinstance(value, Tensor) and value.is_floating_point() and bool(value.isnan().any()):
+    for value in call.tensors:
+        if value.is_floating_point() and bool(value.isnan().any()):
             raise ConfigError(
                 f"The first batch, or the example input, of the {role} holds NaN.",
                 where="inputs",
@@ -124,8 +125,7 @@ def _require_plain(value: object, name: str) -> None:
 def _other_dtype(model: nn.Module, call: Call) -> str | None:
     """The dtype of a model's weights, if it differs from that of its inputs."""
     weight = next((p for p in model.parameters() if p.is_floating_point()), None)
-    values = (*call.args, *call.kwargs.values())
-    real = next((v for v in values if isinstance(v, Tensor) and v.is_floating_point()), None)
+    real = next((v for v in call.tensors if v.is_floating_point()), None)
     if weight is None or real is None or weight.dtype == real.dtype:
         return None
     return str(weight.dtype).removeprefix("torch.")
@@ -179,7 +179,7 @@ def trace(
     """
     if role not in get_args(Role):
         raise unknown("role", str(role), "role of a model", get_args(Role), legal=" or ".join(get_args(Role)))
-    call = Call.of_example(example_inputs, Inputs.of(module), where="The example").plus(example_kwargs or {})
+    call = call_of(example_inputs, Inputs.of(module), where="The example").plus(example_kwargs or {})
     inputs, kwargs = call.args, dict(call.kwargs)
     _require_code(module)
     _require_data(module)
@@ -210,7 +210,7 @@ def trace(
     captured = replace(captured, notes=(*captured.notes, *((_NO_CACHE,) if left_out else ())))
     report = _report(method, refused, captured, known, reference)
     return TracedModel(
-        graph_module=_marked(known.graph_module, module),
+        graph_module=_marked(known.graph_module, module, (*inputs, *kwargs.values())),
         facts=known.facts,
         aliases=name_taps(replace(captured, graph_module=known.graph_module), known.facts),
         report=report,
@@ -236,12 +236,15 @@ def _report(method: str, refused: Sequence[str], captured: Captured, known: Know
     )
 
 
-def _marked(graph_module: fx.GraphModule, module: nn.Module) -> fx.GraphModule:
-    """The graph, in which the user's tensors and the constants that tracing made can be told apart, and which knows what it left out."""
+def _marked(graph_module: fx.GraphModule, module: nn.Module, values: Sequence[Any]) -> fx.GraphModule:
+    """The graph, in which the user's tensors and the constants that tracing made can be told apart.
+
+    It knows which arguments it left out, and the forms of those it has.
+    """
     taken, given = Inputs.of(module), Inputs.of(graph_module).names
     left_out = tuple(name for name in (*taken.names, *taken.left_out) if name not in (*taken.required, *given))
-    for node in graph_module.graph.find_nodes(op="placeholder"):
-        node.meta[LEFT_OUT] = left_out
+    for node, value in zip(graph_module.graph.find_nodes(op="placeholder"), values, strict=True):
+        node.meta[LEFT_OUT], node.meta[FORM] = left_out, form_of(value)
     own = {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
     for node in graph_module.graph.find_nodes(op="get_attr"):
         node.meta[MADE] = str(node.target) not in own

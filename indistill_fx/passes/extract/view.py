@@ -9,6 +9,7 @@ Rules, in order:
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from indistill_fx.errors import ConfigError
-from indistill_fx.graph.edit import copy_graph, output_node, sweep
+from indistill_fx.graph.edit import copy_graph, input_nodes, output_node, sweep
 from indistill_fx.graph.module_state import device_of
 from indistill_fx.graph.view import View, coloured, grey, rescaled, resized
 from indistill_fx.passes.contract import PassResult, Rewrite
@@ -75,7 +76,7 @@ def _sides(size: Sequence[int]) -> str:
 
 
 def _reals(model: TracedModel) -> list[Tensor]:
-    return [value for value in model.example_values if isinstance(value, Tensor) and value.is_floating_point()]
+    return [value for value in model.example.tensors if value.is_floating_point()]
 
 
 def _pictures(model: TracedModel) -> list[Tensor]:
@@ -94,37 +95,45 @@ def see(
     """
     new, _ = copy_graph(graph_module)
     graph, done = new.graph, list[str]()
-    inputs = [node for node in graph.nodes if node.op == "placeholder" and node.users and node.name in facts]
     first = next(node for node in graph.nodes if node.op != "placeholder")
     with graph.inserting_before(first):
         factors = _factors(new, graph, view, "view", device_of(new))
-        for node in inputs:
-            known, readers = facts[node.name], list(node.users)
-            if known.dtype.is_floating_point:
-                value, change = _seen(graph, node, view, factors, picture=len(known.shape) == 4)
-                done += [f"{node.target}: {line}" for line in change]
-                for reader in readers:
-                    reader.replace_input_with(node, value)
+    for node in input_nodes(graph, facts):
+        known, readers = facts[node.name], list(node.users)
+        if not readers or not known.dtype.is_floating_point:
+            continue
+        with graph.inserting_before(first if node.op == "placeholder" else node.next):
+            value, change = _seen(graph, node, view, factors, picture=len(known.shape) == 4)
+        done += [f"{node.target if node.op == 'placeholder' else node.name}: {line}" for line in change]
+        for reader in readers:
+            reader.replace_input_with(node, value)
     return PassResult(sweep(new), Rewrite(done=tuple(done)))
 
 
 def as_seen(
-    root: nn.Module, graph: fx.Graph, inputs: Sequence[tuple[fx.Node, Tensor]], view: View, name: str
-) -> list[fx.Node]:
+    root: nn.Module, graph: fx.Graph, inputs: Sequence[tuple[fx.Node, Any]], view: View, name: str
+) -> list[Any]:
     """Inputs as one of several teachers sees them, in a graph that is being made.
 
     Args:
         root: of the module that it will be; constants go there.
         graph: the graph.
-        inputs: each with an example of its values.
+        inputs: each with an example of its value: a tensor, or several in a dict, tuple or list.
         view: the teacher's.
         name: what its constants are called by.
     """
     factors = _factors(root, graph, view, name, device_of(root))
-    return [
-        _seen(graph, node, view, factors, picture=value.ndim == 4)[0] if value.is_floating_point() else node
-        for node, value in inputs
-    ]
+
+    def seen(node: fx.Node, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: seen(graph.call_function(operator.getitem, (node, key)), part) for key, part in value.items()}
+        if isinstance(value, (tuple, list)):
+            parts = [seen(graph.call_function(operator.getitem, (node, i)), part) for i, part in enumerate(value)]
+            return type(value)(parts)
+        real = isinstance(value, Tensor) and value.is_floating_point()
+        return _seen(graph, node, view, factors, picture=value.ndim == 4)[0] if real else node
+
+    return [seen(node, value) for node, value in inputs]
 
 
 def _factors(root: nn.Module, graph: fx.Graph, view: View, name: str, device: torch.device) -> tuple[fx.Node, ...]:

@@ -55,7 +55,7 @@ def make_mixing(settings: Settings, task: str, outputs: int, *models: Inputs) ->
         labels = labels.where(labels != IGNORED, outputs)  # a class more, for what has none
         soft: Tensor = F.one_hot(labels, outputs + 1).to(torch.get_default_dtype())
         if mixes:
-            inputs = {id(call.first): call.first for call in parts.calls}
+            inputs = {id(tensor): tensor for call in parts.calls for tensor in call.tensors}
             picture = parts.calls[0].first
             if len(inputs) != 1 or picture is None or picture.ndim != 4 or not picture.is_floating_point():
                 raise _unfit("inputs that are not one image", "one image (batch, channels, height, width)")
