@@ -164,7 +164,9 @@ def test_a_required_input_may_be_none_by_name() -> None:
 
 
 def test_entries_are_not_a_dict_unless_that_is_said() -> None:
-    with pytest.raises(ConfigError, match=r"It has no `obs`\. .* If `obs` is a dict, let it yield \(the dict, labels\)"):
+    with pytest.raises(
+        ConfigError, match=r"It has no `obs`\. .* If `obs` is a dict, let it yield \(the dict, labels\)"
+    ):
         split({"state": A, "image": B, "labels": Y}, Inputs(("obs",), ("obs",)), where="Test")
     with pytest.raises(ConfigError) as caught:
         split({"state": A, "labels": Y}, Inputs(("obs", "b"), ("obs", "b")), where="Test")
