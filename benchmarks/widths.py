@@ -108,7 +108,7 @@ def check(make: Make, inputs: Any) -> dict[str, Any]:
 
 
 def main() -> None:
-    """All, or some; the file is written after each."""
+    """All that are not in the file yet, or some anew; it is written after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path)
     parser.add_argument("--only", nargs="+")
@@ -121,12 +121,20 @@ def main() -> None:
     record["date"] = datetime.now(UTC).isoformat(timespec="seconds")
     found = record.setdefault("models", {})
     for name, (make, inputs) in subjects().items():
-        if options.only and name not in options.only:
+        if name not in options.only if options.only else name in found:
             continue
         torch.manual_seed(0)
         try:
             found[name] = check(make, inputs)
-        except (AssertionError, AttributeError, ImportError, RuntimeError, TypeError, ValueError) as error:
+        except (
+            IndistillError,
+            AssertionError,
+            AttributeError,
+            ImportError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ) as error:
             found[name] = {"failed": f"{type(error).__name__}: {error}"}
         print(name, found[name], flush=True)
         options.file.write_text(json.dumps(record, indent=1) + "\n")

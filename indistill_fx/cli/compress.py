@@ -132,7 +132,8 @@ def command(teacher: str, **options: Any) -> None:
     _tell(made.steps)
     out = common.console()
     if made.spec:
-        out.print(f"The student: {quote(made.spec)}", soft_wrap=True, highlight=False)
+        spec = made.spec.replace(str(Path(options["output"]).absolute()), options["output"])
+        out.print(f"The student: {quote(spec)}", soft_wrap=True, highlight=False)
     out.print(f"Everything is in {options['output']}.", soft_wrap=True)
     if made.spec:
         home = quote(options["output"])

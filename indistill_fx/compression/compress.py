@@ -51,7 +51,7 @@ from indistill_fx.runs.load import keep_export, run_fingerprint, task_in
 from indistill_fx.runs.record import RunRecord
 from indistill_fx.stages.compile import warmup_plan
 from indistill_fx.stages.traced_pair import examples_of
-from indistill_fx.system.files import try_folder
+from indistill_fx.system.files import shown, try_folder
 from indistill_fx.system.model_inputs import Inputs
 from indistill_fx.system.tensor_files import save_tensors
 from indistill_fx.traced import TracedModel
@@ -256,7 +256,7 @@ def _finished(
     say(str(steps[-1]))
     start = next((step for step in made.steps if step.start), None)
     if start is not None and start.better_than(steps[-1]):
-        where = f"; the better weights are in {folder / START}" if made.spec else ""
+        where = f"; the better weights are in {shown(folder / START)}" if made.spec else ""
         say(
             f"Training made the student worse than it was before ({start.name}: {start.shown}){where}. Try a lower --lr, or more --epochs."
         )
@@ -290,4 +290,4 @@ def _export(
     facts = of_source(model=str(folder), run=run_fingerprint(folder), task=task_in(folder), **known)
     made = export_onnx(student, folder / "student.onnx", example, metadata=facts, logits=logits)
     keep_export(folder, parameters=last.parameters, macs=last.macs, size=made.size, latency_ms=made.latency_ms)
-    say(f"{folder / 'student.onnx'} written, {made.size:,} bytes")
+    say(f"{shown(folder / 'student.onnx')} written, {made.size:,} bytes")

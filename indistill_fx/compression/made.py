@@ -34,7 +34,7 @@ from indistill_fx.runs.directory import (
 from indistill_fx.runs.load import load
 from indistill_fx.runs.model_facts import FACTS, facts_of, keep_facts
 from indistill_fx.runs.signature import is_signed, sign
-from indistill_fx.system.files import make_folder, read_json, save_json
+from indistill_fx.system.files import make_folder, read_json, save_json, shown
 from indistill_fx.traced import TracedModel
 
 START = "start.safetensors"
@@ -73,7 +73,7 @@ def check_free(folder: Path, resume: bool) -> None:
     """
     if not resume and any((folder / name).exists() for name in (COMPRESSION, "run.json")):
         raise ConfigError(
-            f"{folder} already holds a run.",
+            f"{shown(folder)} already holds a run.",
             where=str(folder),
             hint="Continue it with resume=True (--resume), or give another directory.",
         )
@@ -184,7 +184,7 @@ def write_made(
     kept |= {"source": _digest_of_source(folder)} if spec else {}
     save_made(folder, identity, untrained.steps, len(untrained.steps), spec, **kept)
     count = len(plan.pairs) if plan is not None else 0
-    say(f"{count} pair{'s' * (count != 1)}; widths, sensitivities and repairs are in {folder / COMPRESSION}")
+    say(f"{count} pair{'s' * (count != 1)}; widths, sensitivities and repairs are in {shown(folder / COMPRESSION)}")
     return Made(student, traced, plan, untrained.steps, spec, kept)
 
 

@@ -29,6 +29,7 @@ from indistill_fx.system.files import (
     read_lines,
     replace_file,
     save_json,
+    shown,
     unwritable,
 )
 from indistill_fx.system.terminal import one_line
@@ -123,7 +124,7 @@ class RunDirectory:
     def _open(self) -> None:
         if not self._resume and self._is_taken():
             raise ConfigError(
-                f"{self.path} already holds a run.",
+                f"{shown(self.path)} already holds a run.",
                 where=str(self.path),
                 hint="Continue it with resume=True (--resume), or give another directory.",
             )

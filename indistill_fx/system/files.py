@@ -267,6 +267,12 @@ def whole(path: str | os.PathLike[str] | None) -> Path | None:
     return Path(path).absolute() if path is not None else None
 
 
+def shown(path: Path) -> str:
+    """A path for a message: from the working directory on if it lies there, else whole."""
+    here = Path.cwd()
+    return str(path.relative_to(here) if path != here and path.is_relative_to(here) else path)
+
+
 def no_file(path: str | os.PathLike[str]) -> str:
     """What is at a path instead of a file, such as `a named pipe`; empty if a file is there, or nothing."""
     try:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
 import torch
 
 import indistill_fx as ifx
+from indistill_fx.compression.made import check_free
 from indistill_fx.demo import DigitsStudent, DigitsTeacher
+from indistill_fx.system.files import shown
 
 
 def test_a_traced_model_and_a_smaller_one_are_shown_in_a_line_each() -> None:
@@ -33,3 +38,17 @@ def test_models_traced_in_the_same_role_are_named_by_what_they_are() -> None:
         assert "in the teacher and in the student" in str(error)
     else:
         raise AssertionError("networks of one layer have no pairs")
+
+
+def test_paths_are_shown_from_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert shown(tmp_path / "runs" / "half") == str(Path("runs", "half"))
+    assert shown(tmp_path) == str(tmp_path) and shown(tmp_path.parent) == str(tmp_path.parent)
+    with pytest.raises(ifx.ConfigError, match=r"^half already holds a run\."):
+        check_free(_with_a_run(tmp_path / "half"), resume=False)
+
+
+def _with_a_run(folder: Path) -> Path:
+    folder.mkdir()
+    (folder / "run.json").touch()
+    return folder
