@@ -53,6 +53,7 @@ from indistill_fx.stages.compile import warmup_plan
 from indistill_fx.stages.traced_pair import examples_of
 from indistill_fx.system.files import shown, try_folder
 from indistill_fx.system.model_inputs import Inputs
+from indistill_fx.system.nested import count_of, is_state, samples_of
 from indistill_fx.system.tensor_files import save_tensors
 from indistill_fx.traced import TracedModel
 from indistill_fx.training.distill import distill
@@ -285,9 +286,13 @@ def _export(
     from indistill_fx.deploy.export_onnx import export_onnx
     from indistill_fx.deploy.metadata import of_source
 
-    example = one_sample(tuple(model.example_values))
+    given = tuple(model.example_values)
+    states = any(is_state(tensor, count_of(given)) for tensor in model.example.tensors)
+    example = samples_of(given, slice(1)) if states else one_sample(given)
     known: dict[str, Any] = {"classes": about.get("classes") or (), "normalisation": about.get("normalisation")}
     facts = of_source(model=str(folder), run=run_fingerprint(folder), task=task_in(folder), **known)
-    made = export_onnx(student, folder / "student.onnx", example, metadata=facts, logits=logits)
+    made = export_onnx(
+        student, folder / "student.onnx", example, metadata=facts, logits=logits, dynamic_batch=not states
+    )
     keep_export(folder, parameters=last.parameters, macs=last.macs, size=made.size, latency_ms=made.latency_ms)
     say(f"{shown(folder / 'student.onnx')} written, {made.size:,} bytes")

@@ -40,6 +40,11 @@ def count_of(batch: Any) -> int:
     return next((len(value) for value in tensors_of(batch) if value.ndim), 0)
 
 
+def is_state(tensor: Tensor, count: int) -> bool:
+    """Whether a tensor of a batch of so many samples has them in its second axis, as a recurrent state: (layers, batch, width)."""
+    return tensor.ndim > 2 and len(tensor) != count == tensor.shape[1]
+
+
 def samples_of(batch: Any, part: slice) -> Any:
     """Some samples of a batch, in the batch's own form; what is neither a tensor nor a list of all samples stays as it is."""
     count = count_of(batch)
@@ -51,6 +56,8 @@ def samples_of(batch: Any, part: slice) -> Any:
 
     def cut(value: Any, depth: int) -> Any:
         if isinstance(value, Tensor):
+            if is_state(value, count):
+                return value[:, part]
             return value[part] if value.ndim and len(value) == count else value
         if depth and isinstance(value, (tuple, list)) and is_list_of_samples(value):
             return value[part]

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import onnxruntime
 import pytest
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from indistill_fx.batch import split, with_features
 from indistill_fx.errors import ConfigError
 from indistill_fx.graph.view import View
 from indistill_fx.system.model_inputs import Inputs
+from indistill_fx.system.nested import samples_of
 
 COUNT = 24
 GENERATOR = torch.Generator().manual_seed(0)
@@ -207,3 +209,35 @@ def test_what_is_known_of_an_argument_decides(model: nn.Module, batch: Any, word
     with pytest.raises(ConfigError) as error:
         split(batch, Inputs.of(model), where="Test")
     assert words in f"{error.value} {error.value.hint}"
+
+
+class Recurrent(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, width)
+        self.lstm, self.head = nn.LSTM(6, width, 2, batch_first=True), nn.Linear(width, 3)
+
+    def forward(self, x: Tensor, state: tuple[Tensor, Tensor]) -> Tensor:
+        return self.head(self.lstm(x, (self.first(state[0]), self.first(state[1])))[0][:, -1])
+
+
+def with_states(image: Tensor, vector: Tensor, labels: Tensor) -> Any:
+    state = torch.stack([vector, -vector])
+    return vector[:, None].expand(-1, 4, -1), (state, 2 * state), labels
+
+
+def test_states_have_the_batch_in_their_second_axis(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    made = ifx.compress(
+        Recurrent(8).eval(), Loader(with_states), macs=0.5, epochs=2, progress=False, run_dir=tmp_path, val_loader=Loader(with_states)
+    )  # fmt: skip
+    x, state, labels = with_states(IMAGES, VECTORS, LABELS)
+    assert made.student.eval()(x, state).shape == (COUNT, 3)
+    part = samples_of((x, state, labels), slice(5))
+    assert torch.equal(part[0], x[:5]) and torch.equal(part[1][1], state[1][:, :5]) and torch.equal(part[2], labels[:5])
+    session = onnxruntime.InferenceSession(str(tmp_path / "student.onnx"))
+    assert [one.name for one in session.get_inputs()] == ["x", "state.0", "state.1"]
+    fed = {"x": x[:1], "state.0": state[0][:, :1], "state.1": state[1][:, :1]}
+    (found,) = session.run(None, {name: value.contiguous().numpy() for name, value in fed.items()})
+    expected = made.student(x[:1], (state[0][:, :1], state[1][:, :1])).detach()
+    torch.testing.assert_close(torch.from_numpy(found), expected, atol=1e-5, rtol=1e-4)
