@@ -30,6 +30,7 @@ _DESCRIBES = frozenset("size getattr dim ndimension numel nelement len".split())
 """What is asked of a tensor that says nothing of what it holds: sizes, its dtype and device."""
 _KEEPS_FEATURES = frozenset("batch_norm layer_norm instance_norm group_norm rms_norm".split())
 """Layers behind which a tensor's channels are still the features of the input."""
+_MATMULS = frozenset("matmul bmm".split())
 _PRODUCTS = frozenset("matmul bmm baddbmm einsum".split())
 _KEEPS_PARTS = frozenset("contiguous clone dropout identity".split())
 _USUAL = {2: 1, 3: 2, 4: 1, 5: 1}
@@ -48,9 +49,10 @@ def channel_axes(
     split_axes: dict[str, Shape] = {}
     turned: set[str] = set()
     features: set[str] = set()
+    heads: set[str] = set()
     for node in graph_module.graph.nodes:
         if node.name in shapes:
-            source = _main_source(node, shapes, axes, turned)
+            source = _main_source(node, shapes, axes, turned, batch)
             if node.op == "placeholder" or (source is not None and source.name in features and _keeps_features(node)):
                 features.add(node.name)
             has_axis = dtypes[node.name].is_floating_point and (
@@ -65,14 +67,26 @@ def channel_axes(
             ):
                 axes[node.name] = len(shapes[node.name]) - 1
                 features.discard(node.name)
+            if node.name in axes and _is_of_heads(node, shapes, heads):
+                axes[node.name] = None
             if has_axis and axes[node.name] is None:
                 axes[node.name] = _parts(node, shapes, axes, split_axes)
+                if axes[node.name] is None and (node.name in split_axes or _is_of_heads(node, shapes, heads)):
+                    heads.add(node.name)
             if has_axis and axes[node.name] is None:
                 axes[node.name] = _lent(node, shapes, axes)
             other = source is not None and op_name(node) in _FIRST | _LAST and axes[node.name] != axes[source.name]
             if source is not None and (source.name in turned) != other:
                 turned.add(node.name)
     return axes
+
+
+def _is_of_heads(node: fx.Node, shapes: Mapping[str, Shape], heads: Container[str]) -> bool:
+    """Whether channels are split over axes there, as over the heads of an attention: a bias for each head does not tell where they are."""
+    if node.op == "call_module" and op_name(node) in _FIRST | _LAST:
+        return False
+    rank = len(shapes[node.name])
+    return any(n.name in heads and len(shapes[n.name]) == rank for n in _read(node, shapes))
 
 
 def _keeps_features(node: fx.Node) -> bool:
@@ -120,6 +134,8 @@ def _parts(
         axes_split = next(
             (tuple(range(a, b)) for a, b in runs if prod(shape[:a]) == outer and prod(shape[a:b]) == count), ()
         )
+    elif axis is None and (gone := _axis_unbound(node, len(before))) is not None:
+        axes_split = tuple(k - (gone < k) for k in axes_split if k != gone)
     elif name not in _KEEPS_PARTS or axis is not None:
         axes_split = ()
     if len(axes_split) == 1:
@@ -175,6 +191,10 @@ def _axis(
     if name == "stack" and len(before) == rank - 1:
         new = next(iter(_ints((*node.args[1:2], *node.kwargs.values()))), 0) % rank
         return axis + (new <= axis)
+    if name == "einsum" and (place := _through_einsum(node, source, shapes, axis)) is not None:
+        return place
+    if name in _MATMULS and _holds_columns(node, shapes, axes):
+        return rank - 1
     if name in _RESHAPES or len(before) != rank:
         found = _through_reshape(before, shape, axis)
         # With one sample and one channel the two axes look alike; the first one is the batch.
@@ -195,6 +215,14 @@ def _axis_taken(node: fx.Node, rank: int) -> int | None:
     return numbers[0] if len(numbers) == 1 and type(entries[numbers[0]]) is int else None
 
 
+def _axis_unbound(node: fx.Node, rank: int) -> int | None:
+    """The one axis of so many from which an entry is taken, by a key or as a part of `unbind`."""
+    whole = node.args[0] if node.args else None
+    if op_name(node) == "getitem" and isinstance(whole, fx.Node) and op_name(whole) == "unbind":
+        return next(iter(_ints((*whole.args[1:2], *whole.kwargs.values()))), 0) % rank
+    return _axis_taken(node, rank)
+
+
 def _is_feature_of_tuple(node: fx.Node) -> bool:
     """Whether a node is the output or a state of a recurrent layer, or the output of an attention; not its weights."""
     places = []
@@ -205,13 +233,20 @@ def _is_feature_of_tuple(node: fx.Node) -> bool:
 
 
 def _main_source(
-    node: fx.Node, shapes: Mapping[str, Shape], axes: Mapping[str, int | None], turned: Container[str]
+    node: fx.Node,
+    shapes: Mapping[str, Shape],
+    axes: Mapping[str, int | None],
+    turned: Container[str],
+    batch: Mapping[str, int | None],
 ) -> fx.Node | None:
     """The input that the output's layout follows: the first of the same shape or rank that grows with the batch, if possible not turned."""
     inputs = [n for n in _read(node, shapes) if n.op != "get_attr"]
+    inputs.sort(key=lambda n: batch.get(n.name) is None)
     same = [n for n in inputs if len(shapes[n.name]) == len(shapes[node.name]) and axes[n.name] is not None]
     full = [n for n in same if shapes[n.name] == shapes[node.name]]
-    full.sort(key=lambda n: n.name in turned)
+    full.sort(
+        key=lambda n: (n.op == "call_function" and not _read(n, shapes), n.name in turned)
+    )  # `zeros` tell nothing
     return next(iter((*full, *same, *inputs)), None)
 
 
@@ -228,6 +263,29 @@ def _read(node: fx.Node, shapes: Mapping[str, Shape], *, sizes: bool = False) ->
         for other in ([given] if given.name in shapes else _read(given, shapes, sizes=sizes))
         if other.name in shapes
     ]
+
+
+def _through_einsum(node: fx.Node, source: fx.Node, shapes: Mapping[str, Shape], axis: int) -> int | None:
+    """Where the channels of `source` go: to the place of their letter, or, if they are multiplied out, of the letter that weights bring."""
+    equation = str(node.args[0]).replace(" ", "")
+    terms, arrow, result = equation.partition("->")
+    operands = [n for n in tensor_nodes(node.args[1:]) if n.name in shapes]
+    letters = terms.split(",")
+    if not arrow or "." in equation or len(operands) != len(letters) or source not in operands:
+        return None
+    own = letters[operands.index(source)]
+    if own[axis] in result:
+        return result.index(own[axis])
+    given = {letter for term, n in zip(letters, operands, strict=True) if n.op != "get_attr" for letter in term}
+    new = [place for place, letter in enumerate(result) if letter not in given]
+    return new[-1] if new else None
+
+
+def _holds_columns(node: fx.Node, shapes: Mapping[str, Shape], axes: Mapping[str, int | None]) -> bool:
+    """Whether the right factor of a product has its channels last, where they stay, as the values of an attention."""
+    factors = _read(node, shapes)
+    right = factors[-1]
+    return len(factors) == 2 and len(shapes[right.name]) > 2 and axes[right.name] == len(shapes[right.name]) - 1
 
 
 def _through_reshape(before: Shape, after: Shape, axis: int) -> int | None:
