@@ -16,7 +16,7 @@ from indistill_fx.evaluation.outputs import outputs_of, select_logits
 from indistill_fx.graph.module_state import device_of, evaluating
 from indistill_fx.graph.view import View
 from indistill_fx.losses.base import widened
-from indistill_fx.losses.choose_task import choose_task, is_telling, require_as_before
+from indistill_fx.losses.choose_task import choose_task, compared_input, is_telling, require_as_before
 from indistill_fx.losses.positions import IGNORED, as_classes
 from indistill_fx.losses.task import Classification, Language, Task
 from indistill_fx.runs.record import MetricFacts
@@ -313,4 +313,4 @@ def _outputs(
                     hint="Let the loader yield (inputs, labels), or a dict of inputs by name with `labels`.",
                 )
             call = parts.calls[0].changed(view.apply) if view is not None else parts.calls[0]
-            yield outputs_of(module, call), parts.labels, call.first
+            yield outputs_of(module, call), parts.labels, compared_input(call.tensors, parts.labels)

@@ -14,7 +14,7 @@ from indistill_fx.evaluation.kept_task import asked_or_kept, kept_facts
 from indistill_fx.evaluation.outputs import outputs_of, select_logits
 from indistill_fx.graph.module_state import evaluating
 from indistill_fx.loading.load import Source
-from indistill_fx.losses.choose_task import choose_task
+from indistill_fx.losses.choose_task import choose_task, compared_input
 from indistill_fx.losses.task import Task
 from indistill_fx.system.model_inputs import Inputs
 
@@ -33,7 +33,8 @@ def task_shown(source: Source, batch: Any, asked: str | None, logits: str | int 
         return None, origin
     try:
         scores = select_logits(outputs, logits)
-        return choose_task(task, scores, parts.labels, parts.calls[0].first), origin
+        tokens = compared_input(parts.calls[0].tensors, parts.labels)
+        return choose_task(task, scores, parts.labels, tokens), origin
     except ConfigError:
         if task is not None:
             raise

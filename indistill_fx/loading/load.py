@@ -208,7 +208,13 @@ def _find_module(root: Any) -> tuple[Any, tuple[str, ...]]:
     for key in WRAPPERS:
         held = found.get(key)
         if isinstance(held, Made) and not held.is_tensor and entries(held) is None:
-            return held, (f"the model was taken from {key!r} of the checkpoint",)
+            others = [
+                str(other)[:60]
+                for other, value in found.items()
+                if other != key and isinstance(value, Made) and value.is_module
+            ]
+            beside = f", which has others under {', '.join(map(repr, others))}" if others else ""
+            return held, (f"the model was taken from {key!r} of the checkpoint{beside}",)
     return None, ()
 
 

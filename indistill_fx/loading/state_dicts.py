@@ -13,15 +13,17 @@ from indistill_fx.errors import ConfigError
 from indistill_fx.loading.file_kinds import damaged, recognise
 from indistill_fx.loading.pickle_scan import Made, entries
 from indistill_fx.loading.safe_pickle import SavedFile, open_saved
+from indistill_fx.system.files import LONGEST_HEADER, read_json
 from indistill_fx.system.tensor_files import load_tensors, require_header
 
-# The keys under which training scripts save a state dict, and the prefixes that wrappers put before its keys.
 WRAPPERS = (
     *("state_dict", "model_state_dict", "model", "net", "weights", "params", "student"),
     *("module", "network", "state_dict_ema", "model_ema", "ema"),
 )
 """Keys that training scripts put a model or its weights under, the likeliest first."""
-_PREFIXES = ("module.", "_orig_mod.", "model.")
+_COMPILED = "_orig_mod."  # what torch.compile puts before the keys of each module that it compiled
+_COUNTER = "num_batches_tracked"
+_INDEX = ".index.json"
 _SHOWN = 5
 
 
@@ -30,41 +32,105 @@ def load_weights(module: nn.Module, path: Path, *, trust: Sequence[str] = ()) ->
 
     Args:
         module: gets the weights; its training flags stay.
-        path: a safetensors file, or one of torch.save.
+        path: a safetensors file, one of torch.save, or the index of several (model.safetensors.index.json).
         trust: packages whose objects the file may hold beside the tensors.
 
     Returns:
         Notes: what was unwrapped, dropped or trusted on the way.
 
     Raises:
-        ConfigError: the file cannot be read, or its keys or shapes are not the module's; names them.
+        ConfigError: the file cannot be read, or its keys, shapes or kinds of numbers are not the module's; names them.
     """
     state, notes = read_state_dict(path, trust=trust)
     expected = module.state_dict()
-    for prefix in _PREFIXES:
-        if (
-            state
-            and all(key.startswith(prefix) for key in state)
-            and not any(key.startswith(prefix) for key in expected)
-        ):
-            state = {key.removeprefix(prefix): value for key, value in state.items()}
-            notes = (*notes, f"weights: the prefix {prefix!r} was removed from every key")
-    counters = {name: expected[name] for name in expected.keys() - state.keys() if name.endswith("num_batches_tracked")}
+    state, renamed = _under_prefix(state, expected, path)
+    notes = (*notes, *renamed)
+    counters = {name: expected[name] for name in expected.keys() - state.keys() if name.endswith(_COUNTER)}
     if counters and state:  # files from before torch 0.4.1, or without what inference does not need
         state, notes = (
             state | counters,
             (*notes, f"weights: the file lacks the step counters of {len(counters)} batch norms, which begin at 0"),
         )
+    state = _with_shared(state, module, expected, path)
     _require_match(state, expected, type(module).__name__, path)
     module.load_state_dict(state)
     return notes
+
+
+def _under_prefix(
+    state: dict[str, Tensor], expected: Mapping[str, Any], path: Path
+) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """The state without the prefix that a wrapper put before the module's keys, and notes of what was done.
+
+    Wrappers (DDP, torch.compile, Lightning, Fabric, an average of weights) hold the module in an attribute, and may keep tensors of
+    their own beside it. So a prefix is one below which the file has exactly the module's keys.
+    """
+    notes: tuple[str, ...] = ()
+    if any(_COMPILED in key for key in state) and not any(_COMPILED in key for key in expected):
+        state = {key.replace(_COMPILED, ""): value for key, value in state.items()}
+        notes = (f"weights: the prefix {_COMPILED!r} was removed from the keys",)
+    known = {key for key in expected if not key.endswith(_COUNTER)}
+    if not known or known & state.keys():
+        return state, notes
+    some = min(known)
+    found = [key.removesuffix(some) for key in state if key.endswith(f".{some}")]
+    if len(fitting := [prefix for prefix in found if _keys_below(prefix, state) == known]) > 1:
+        raise ConfigError(
+            f"`{path}` holds {len(fitting)} sets of weights that fit the model, below "
+            f"{' and '.join(map(repr, fitting[:_SHOWN]))}.",
+            where=str(path),
+            got=fitting,
+            hint="Save the one that you want alone: torch.save(model.state_dict(), path).",
+        )
+    shared = [prefix for prefix in found if all(key.startswith(prefix) for key in state)]
+    if not (fitting or shared):
+        return state, notes
+    prefix = (fitting or shared)[0]  # with one that all keys share, the error for other keys names those alone
+    left = [key for key in state if not key.startswith(prefix)]
+    note = f"weights: the prefix {prefix!r} was removed from every key"
+    if left:
+        note = f"weights: those below {prefix!r} were taken, without {', '.join(left[:_SHOWN])}{', …' if left[_SHOWN:] else ''}"
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}, (*notes, note)
+
+
+def _keys_below(prefix: str, state: Mapping[str, Tensor]) -> set[str]:
+    return {key.removeprefix(prefix) for key in state if key.startswith(prefix) and not key.endswith(_COUNTER)}
+
+
+def _with_shared(
+    state: dict[str, Tensor], module: nn.Module, expected: Mapping[str, Any], path: Path
+) -> dict[str, Tensor]:
+    """The state with every name of a tensor that the module has under several: files often keep only one of the names.
+
+    Raises:
+        ConfigError: the file has different values for one tensor of the module, of which only the last would be kept.
+    """
+    names: dict[int, list[str]] = {}
+    for key, value in module.named_parameters(remove_duplicate=False):
+        if key in expected:
+            names.setdefault(id(value), []).append(key)
+    state = dict(state)
+    for group in names.values():
+        held = [key for key in group if key in state]
+        for other in held[1:]:
+            first, second = state[held[0]], state[other]
+            if first.shape == second.shape and not first.equal(second.to(first.dtype)):
+                raise ConfigError(
+                    f"`{path}` has different weights for `{held[0]}` and `{other}`, which are one tensor in the model.",
+                    where=str(path),
+                    got=[held[0], other],
+                    hint="Build the model without sharing the two (for Hugging Face: tie_word_embeddings=False).",
+                )
+        if held:
+            state |= {key: state[held[0]] for key in group}
+    return state
 
 
 def read_state_dict(path: Path, *, trust: Sequence[str] = ()) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """Read the state dict of a file.
 
     Args:
-        path: a safetensors file, or one of torch.save.
+        path: a safetensors file, one of torch.save, or the index of several (model.safetensors.index.json).
         trust: packages whose objects the file may hold beside the tensors.
 
     Returns:
@@ -73,6 +139,8 @@ def read_state_dict(path: Path, *, trust: Sequence[str] = ()) -> tuple[dict[str,
     Raises:
         ConfigError: the file is of another kind, damaged, or holds no state dict.
     """
+    if path.name.endswith(_INDEX) and path.is_file():
+        return _read_shards(path, trust)
     kind, label = recognise(path), str(path)
     if kind == "safetensors":
         return _read_safetensors(path), ()
@@ -86,6 +154,39 @@ def read_state_dict(path: Path, *, trust: Sequence[str] = ()) -> tuple[dict[str,
         )
     with path.open("rb") as file, open_saved(file, label, trust=trust) as saved:
         return _read_saved(saved)
+
+
+def _read_shards(path: Path, trust: Sequence[str]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """The tensors of the files that an index names, as Hugging Face and Accelerate write it; the files lie beside it."""
+    try:
+        index = read_json(path, LONGEST_HEADER)
+    except (OSError, ValueError, RecursionError) as error:
+        raise damaged(str(path), str(error)) from error
+    places = index.get("weight_map") if isinstance(index, dict) else None
+    names = list(places.values()) if isinstance(places, dict) else []
+    if not names or not all(
+        isinstance(name, str) and name == Path(name).name and not name.endswith(_INDEX) for name in names
+    ):
+        raise ConfigError(
+            f"`{path}` is not an index of weights: it has no `weight_map` of file names.",
+            where=str(path),
+            expected='{"weight_map": {"layer.weight": "model-00001-of-00002.safetensors", …}}',
+            hint="Name the file of the weights itself.",
+        )
+    state: dict[str, Tensor] = {}
+    notes: tuple[str, ...] = ()
+    for name in sorted(set(names)):
+        part, of_part = read_state_dict(path.with_name(name), trust=trust)
+        if lacking := [key for key, place in places.items() if place == name and key not in part]:
+            raise ConfigError(
+                f"`{path.with_name(name)}` lacks `{lacking[0]}`, which `{path.name}` says is in it.",
+                where=str(path),
+                got=lacking,
+                hint="Copy or download all files of the model again.",
+            )
+        state |= {key: value for key, value in part.items() if places.get(key) == name}
+        notes += of_part
+    return state, (*notes, f"weights: read from the {len(set(names))} files of the index")
 
 
 def _read_saved(saved: SavedFile) -> tuple[dict[str, Tensor], tuple[str, ...]]:
@@ -104,11 +205,11 @@ def _read_saved(saved: SavedFile) -> tuple[dict[str, Tensor], tuple[str, ...]]:
             where=label,
             hint="Give a file of weights: torch.save(model.state_dict(), …) or safetensors.",
         )
-    for key in WRAPPERS:
-        inner = entries(found.get(key))
-        if inner is not None:
-            found, notes = inner, (f"weights: taken from {key!r} of the checkpoint",)
-            break
+    if keys := [key for key in WRAPPERS if entries(found.get(key)) is not None]:
+        inner = entries(found[keys[0]]) or {}
+        others = [str(key)[:60] for key, value in found.items() if key != keys[0] and _has_keys_of(value, inner)]
+        beside = f", which has others under {', '.join(map(repr, others[:_SHOWN]))}" if others else ""
+        found, notes = inner, (f"weights: taken from {keys[0]!r} of the checkpoint{beside}",)
     others = [str(key)[:60] for key, value in found.items() if not (isinstance(key, str) and _may_be_tensor(value))]
     if others or not found:
         saved.require_names(found)
@@ -121,6 +222,20 @@ def _read_saved(saved: SavedFile) -> tuple[dict[str, Tensor], tuple[str, ...]]:
 
 def _may_be_tensor(value: Any) -> bool:
     return isinstance(value, Made) and (value.is_tensor or value.is_module)
+
+
+def _has_keys_of(value: Any, state: Mapping[Any, Any]) -> bool:
+    """Whether an entry of a checkpoint is weights of the same model, such as their moving average, at most one level down."""
+    wanted = _ends(state)
+    held = entries(value) or {}
+    return bool(wanted) and any(
+        wanted <= _ends(item) for item in (held, *(entries(item) or {} for item in held.values()))
+    )
+
+
+def _ends(state: Mapping[Any, Any]) -> set[str]:
+    """The last two parts of every key: what wrappers, which put names before them, leave as they are."""
+    return {".".join(str(key).split(".")[-2:]) for key, value in state.items() if _may_be_tensor(value)}
 
 
 def _say(value: Any) -> str:
@@ -169,15 +284,32 @@ def _require_match(state: Mapping[str, Tensor], expected: Mapping[str, Any], nam
         for key, value in state.items()
         if isinstance(expected.get(key), Tensor) and expected[key].shape != value.shape
     ]
+    kinds = [
+        f"{key} (file {value.dtype}, model {expected[key].dtype})"
+        for key, value in state.items()
+        if isinstance(expected.get(key), Tensor) and not _same_kind(value, expected[key])
+    ]
     parts = [
         f"{len(keys)} {problem}: {', '.join(keys[:_SHOWN])}{', …' if len(keys) > _SHOWN else ''}"
-        for problem, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
+        for problem, keys in (
+            ("missing", missing),
+            ("unexpected", unexpected),
+            ("of another shape", shapes),
+            ("of another kind of numbers", kinds),
+        )
         if keys
     ]
     if parts:
         raise ConfigError(
             f"The weights in `{path}` are not those of this {name}: {'; '.join(parts)}.",
             where=str(path),
-            got={"missing": missing, "unexpected": unexpected, "shapes": shapes},
-            hint="Give the constructor's arguments that the weights were made with, such as ?num_classes=10.",
+            got={"missing": missing, "unexpected": unexpected, "shapes": shapes, "kinds": kinds},
+            hint="Save the weights as float numbers, before quantisation."
+            if kinds and len(parts) == 1
+            else "Give the constructor's arguments that the weights were made with, such as ?num_classes=10.",
         )
+
+
+def _same_kind(value: Tensor, wanted: Tensor) -> bool:
+    """Whether a tensor copied into the other keeps its meaning: integers in place of floats lack the scale they were rounded by."""
+    return value.is_complex() == wanted.is_complex() and value.is_floating_point() == wanted.is_floating_point()

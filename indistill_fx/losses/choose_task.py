@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -56,7 +56,7 @@ def choose_task(task: str | Task | None, logits: Tensor, labels: Tensor | None, 
         task: see `task_of`; None: see `infer_task`.
         logits: a model's output for a batch.
         labels: of the batch.
-        inputs: the batch's first input.
+        inputs: the batch's input that they are compared with (`compared_input`).
 
     Raises:
         ConfigError: an unknown name, or nothing can be inferred.
@@ -132,6 +132,23 @@ def _by_values(logits: Tensor, labels: Tensor) -> Task | None:
     return Regression() if labels.is_floating_point() else None
 
 
+def compared_input(inputs: Sequence[Tensor], labels: Tensor | None) -> Tensor | None:
+    """The input that token labels are compared with: a decoder's, which holds the labels one place later, else the first.
+
+    Under teacher forcing (translation), the labels may also be the encoder's tokens, as in copies, and are still not to be shifted.
+    """
+    first = next(iter(inputs), None)
+    if labels is None or labels.ndim != 2 or labels.is_floating_point():
+        return first
+    counted = labels[:, :-1] != IGNORED
+    known = labels[:, :-1][counted]
+    if known.numel() and bool((known != known[0]).any()):  # one value says nothing: a mask may be equal to it
+        for other in inputs[1:]:
+            if other.shape == labels.shape and bool((other[:, 1:][counted] == known).all()):
+                return other
+    return first
+
+
 def is_telling(labels: Tensor | None) -> bool:
     """Whether labels show what they mean: class numbers that are all left out (`IGNORED`) do not. No labels show that there are none."""
     return labels is None or labels.is_floating_point() or bool((labels != IGNORED).any())
@@ -150,7 +167,7 @@ def require_as_before(task: Task, labels: Tensor, inputs: Tensor | None) -> None
     Args:
         task: as inferred from an earlier batch.
         labels: of this batch.
-        inputs: its first input.
+        inputs: its input that they are compared with (`compared_input`).
 
     Raises:
         ConfigError: the task shifts labels, and these are not to be shifted.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from indistill_fx.batch import Parts, Sizes, split, unfit
 from indistill_fx.errors import ConfigError
 from indistill_fx.graph.view import View
-from indistill_fx.losses.choose_task import require_as_before
+from indistill_fx.losses.choose_task import compared_input, require_as_before
 from indistill_fx.losses.task import Task
 from indistill_fx.system.call import Call
 from indistill_fx.system.model_inputs import Inputs
@@ -45,7 +45,7 @@ def label_check(
             return
         # expanded, so it takes no memory
         stand_in = torch.zeros(1, device=labels.device).expand(len(labels), *known[form])
-        inputs = parts.calls[-1].first if inferred else None
+        inputs = compared_input(parts.calls[-1].tensors, labels) if inferred else None
         check_labels(task, stand_in, labels, whose=f"Labels of batch {number + 1}", inputs=inputs)
 
     return check

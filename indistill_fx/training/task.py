@@ -18,7 +18,7 @@ from indistill_fx.evaluation.kept_task import kept_facts
 from indistill_fx.evaluation.outputs import outputs_of, select_logits
 from indistill_fx.graph.main_output import main_output
 from indistill_fx.graph.module_state import evaluating
-from indistill_fx.losses.choose_task import choose_task, is_one_hot, is_telling, task_of
+from indistill_fx.losses.choose_task import choose_task, compared_input, is_one_hot, is_telling, task_of
 from indistill_fx.losses.positions import IGNORED, as_classes, counted
 from indistill_fx.losses.registry import MAIN_LOSSES
 from indistill_fx.losses.task import Classification, Language, MultiLabel, Segmentation, Task
@@ -97,7 +97,7 @@ def task_of_run(
             return alike[0]  # the same choice as in tracing
         return select_logits(outputs, logits)
 
-    first = parts.calls[-1].first
+    first = compared_input(parts.calls[-1].tensors, parts.labels)
     try:
         outputs = logits_of(batch)
         assert outputs is not None

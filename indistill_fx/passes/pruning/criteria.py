@@ -27,8 +27,9 @@ from indistill_fx.errors import ConfigError, PruneError, nearest
 from indistill_fx.graph.interpret import run_keeping
 from indistill_fx.graph.module_state import mode
 from indistill_fx.graph.ops import op_name
-from indistill_fx.losses.choose_task import infer_task
+from indistill_fx.losses.choose_task import compared_input, infer_task
 from indistill_fx.passes.channels.call import read_call
+from indistill_fx.system.nested import tensors_of
 from indistill_fx.traced import TracedModel
 
 Criterion = Callable[[Tensor], Tensor]
@@ -211,7 +212,7 @@ def _gradients(
         _, seen = run_keeping(model.graph_module, {*axes, model.logits}, *leaves)
         watched = {name: value for name, value in seen.items() if value.requires_grad}
         scores = seen[model.logits].float()
-        loss = _loss(scores, labels, inputs[0], model.logits)
+        loss = _loss(scores, labels, compared_input(tensors_of(inputs), labels), model.logits)
         grads = torch.autograd.grad(loss, list(watched.values()), allow_unused=True)
     found = {}
     for (name, value), grad in zip(watched.items(), grads, strict=True):
@@ -224,10 +225,10 @@ def _gradients(
     return found
 
 
-def _loss(scores: Tensor, labels: Tensor, first: Any, output: str) -> Tensor:
+def _loss(scores: Tensor, labels: Tensor, first: Tensor | None, output: str) -> Tensor:
     """The loss of the task that labels and outputs show."""
     try:
-        task = infer_task(scores, labels, first if isinstance(first, Tensor) else None)
+        task = infer_task(scores, labels, first)
     except ConfigError as error:
         raise ConfigError(
             f"The criterion `taylor` takes the gradient of the task's loss, but labels of shape {tuple(labels.shape)} do not go "
