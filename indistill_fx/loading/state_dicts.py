@@ -163,7 +163,8 @@ def _read_shards(path: Path, trust: Sequence[str]) -> tuple[dict[str, Tensor], t
     except (OSError, ValueError, RecursionError) as error:
         raise damaged(str(path), str(error)) from error
     places = index.get("weight_map") if isinstance(index, dict) else None
-    names = list(places.values()) if isinstance(places, dict) else []
+    places = places if isinstance(places, dict) else {}
+    names = list(places.values())
     if not names or not all(
         isinstance(name, str) and name == Path(name).name and not name.endswith(_INDEX) for name in names
     ):
