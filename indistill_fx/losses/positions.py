@@ -66,6 +66,11 @@ def counted(labels: Tensor | None, logits: Tensor) -> Tensor:
     return labels != IGNORED if are_classes(labels, logits) else labels.sum(1) != 0
 
 
+def without_padding(mask: Tensor) -> Tensor:
+    """Labels that say nothing but which positions count: those where a padding mask (batch, *positions) is not 0."""
+    return torch.zeros_like(mask, dtype=torch.int64).masked_fill(mask == 0, IGNORED)
+
+
 def mean_over(values: Tensor, mask: Tensor) -> Tensor:
     """The mean over positions of values that are summed over everything else.
 

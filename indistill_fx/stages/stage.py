@@ -16,11 +16,14 @@ from torch import Tensor, fx, nn
 from indistill_fx.batch import Parts, Sizes, split
 from indistill_fx.curriculum import Budget
 from indistill_fx.errors import TrainError
-from indistill_fx.losses.base import Outputs
+from indistill_fx.losses.base import MainLoss, Outputs
+from indistill_fx.losses.positions import without_padding
+from indistill_fx.losses.task import Language
 from indistill_fx.passes.contract import PassRecord, signature_of
 from indistill_fx.plan import Pair
 from indistill_fx.stages import moving_teacher
 from indistill_fx.stages.checks import check_inputs, check_labels, check_sizes
+from indistill_fx.system.call import Call
 from indistill_fx.system.model_inputs import Inputs
 
 
@@ -191,8 +194,19 @@ class Stage(nn.Module):
         features, _ = parts.calls[0].plus({name: known[tap] for name, tap in self._fed.items()})(self.student)
         student = self._outputs(features, 1, parts.indices)
         self._check_labels(student.logits, parts.labels)
-        loss: Tensor = self.criterion(student, teacher, parts.labels)
+        labels = parts.labels if parts.labels is not None else self._without_padding(parts.calls[0], student.logits)
+        loss: Tensor = self.criterion(student, teacher, labels)
         return loss
+
+    def _without_padding(self, call: Call, logits: Tensor | None) -> Tensor | None:
+        """For texts without labels: which of the student's tokens count, by its padding mask, as Hugging Face's models take it."""
+        criterion = self.criterion
+        plain = isinstance(criterion, MainLoss) and not (criterion.weight_labels or criterion.needs_labels)
+        if logits is None or not plain or not isinstance(criterion.reads, Language):
+            return None
+        given = call.by_name(self.takes.names)
+        mask = given.get("decoder_attention_mask" if "decoder_input_ids" in given else "attention_mask")
+        return without_padding(mask) if mask is not None and mask.shape == logits.shape[:2] else None
 
     def _check_labels(self, logits: Tensor | None, labels: Tensor | None) -> None:
         """Look at the labels of every batch on a CPU; elsewhere, where that means to wait for the device, at those of the first."""
