@@ -46,7 +46,7 @@ from indistill_fx.training.state import Phase
 from indistill_fx.training.supervised import check_epochs, model_facts
 from indistill_fx.training.task import RunTask, task_of_run, without_labels
 from indistill_fx.training.trainer import Setup, Trainer
-from indistill_fx.training.trial import require_loss, users_own
+from indistill_fx.training.trial import require_loss, untrained, users_own
 
 
 def distill(
@@ -252,7 +252,7 @@ class Distillation:
         if not any(stage.logits[1] is not None for stage in main):  # no loss reads labels
             task = replace(task, check=lambda number, batch: None)
         mix = self._mixing(task, *models)
-        remarks += self._try(main, task, mix, late=len(stages) > len(main))
+        remarks += (*self._try(main, task, mix, late=len(stages) > len(main)), *untrained(models[1], stages))
         stores: list[FeatureStore | None] = [None] * len(stages)
         if self.feature_cache is not None:
             warm, _ = warmup_plan(plan, curriculum)

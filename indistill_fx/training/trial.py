@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import traceback
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,8 +12,10 @@ from torch import Tensor, nn
 from indistill_fx.errors import ConfigError, IndistillError
 from indistill_fx.graph.module_state import evaluating
 from indistill_fx.losses.task import Task
+from indistill_fx.stages.stage import Stage
 from indistill_fx.system.nested import to_device
 from indistill_fx.system.shortage import is_out_of_memory
+from indistill_fx.traced import TracedModel
 
 
 def users_own(main: object, task: Task) -> bool:
@@ -76,6 +79,21 @@ def require_loss(module: nn.Module, batch: Any, name: str) -> str:
         f"{name} reads weights that are not trained ({shapes}{', …' if strangers[3:] else ''}): to train weights of its own, let it be a"
         " module that makes them in its __init__, or freeze them (requires_grad_(False))"
     )
+
+
+def untrained(student: TracedModel, stages: Sequence[Stage]) -> list[str]:
+    """A remark on parameters that make an output of the student, such as a second head, which no stage's loss reads."""
+    reached = {id(parameter) for stage in stages for parameter in stage.student.parameters()}
+    used = {id(parameter) for parameter in student.graph_module.parameters()} - reached
+    names = [
+        name
+        for name, parameter in student.module.named_parameters()
+        if id(parameter) in used and parameter.requires_grad
+    ]
+    if not names:
+        return []
+    shown = f"{', '.join(names[:4])}{', …' if names[4:] else ''}"
+    return [f"not trained: {shown}. They make an output that no loss reads, and keep the values they have"]
 
 
 def _leaves(loss: Tensor) -> list[Tensor]:

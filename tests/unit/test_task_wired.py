@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -459,3 +460,33 @@ def test_one_hot_labels_of_whole_numbers_are_remarked():
     torch.testing.assert_close(Classification().loss(*prepared), F.cross_entropy(logits, numbers), rtol=1e-6, atol=0)
     with pytest.raises(ConfigError, match="those of some sample do not sum to 1"):
         Classification().check(*Classification().prepare(logits, several))
+
+
+class TwoHeads(Grid):
+    def __init__(self, width):
+        super().__init__(width)
+        self.edge, self.frozen = nn.Conv2d(width, 1, 1), nn.Linear(2, 2)
+
+    def forward(self, x):
+        hidden = torch.relu(self.conv(x))
+        return {"classes": self.head(hidden.mean((2, 3))), "edge": self.edge(hidden)}
+
+
+@pytest.mark.parametrize("logits", ["classes", "edge"])
+def test_heads_that_no_loss_reads_are_named(logits, capsys):
+    labels = torch.arange(4) if logits == "classes" else torch.rand(4, 1, 6, 6)
+    teacher, student = TwoHeads(8).eval(), TwoHeads(4)
+    before = copy.deepcopy(student.state_dict())
+    ifx.distill(
+        teacher,
+        student,
+        [(torch.randn(4, 3, 8, 8), labels)],
+        epochs=1,
+        curriculum=Curriculum(lengths=[]),
+        logits=logits,
+    )
+    said = " ".join(capsys.readouterr().err.split())
+    other = {"classes": "edge", "edge": "head"}[logits]
+    assert f"not trained: {other}.weight, {other}.bias. They make an output that no loss reads" in said
+    kept = {name for name, value in student.state_dict().items() if torch.equal(value, before[name])}
+    assert kept == {f"{other}.weight", f"{other}.bias", "frozen.weight", "frozen.bias"}
