@@ -102,8 +102,8 @@ def ending_in_order() -> Iterator[None]:
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
 
 @contextmanager
@@ -117,10 +117,10 @@ def held_back() -> Iterator[None]:
                     before[number] = signal.signal(number, lambda number, _: arrived.append(number))
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        for number in arrived:
-            signal.raise_signal(number)
+        for each, handler in before.items():
+            signal.signal(each, handler)
+        for each in arrived:
+            signal.raise_signal(each)
 
 
 def left_to_the_parent(_: int = 0) -> None:
