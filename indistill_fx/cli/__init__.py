@@ -14,6 +14,7 @@ import click
 
 from indistill_fx.errors import ConfigError, IndistillError
 from indistill_fx.system.shortage import advice, refusal
+from indistill_fx.system.signals import ending_in_order
 from indistill_fx.system.terminal import paragraph, printable, tell
 from indistill_fx.system.user_code import failed_line
 from indistill_fx.version import __version__
@@ -110,7 +111,8 @@ def run(arguments: list[str]) -> int:
     arguments = [argument for argument in arguments if argument != "--debug"]
     try:
         _require_text(arguments)
-        result: Any = app.main(arguments, prog_name="indistill-fx", standalone_mode=False)
+        with ending_in_order():
+            result: Any = app.main(arguments, prog_name="indistill-fx", standalone_mode=False)
     except IndistillError as error:
         _tell(error, debug=debug)
         return 2

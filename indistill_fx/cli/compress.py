@@ -123,12 +123,7 @@ def command(teacher: str, **options: Any) -> None:
     request = {name: options[name] for name in _REQUEST}
     request |= {"every_block": not options["stages"], "export": not options["no_export"], "epochs": options["epochs"]}
     request |= {"calibration_loader": data.train_plain, "curriculum": _curriculum(options), "say": common.say}
-    try:
-        made = compress(source.module, data.train, **request, **shared)
-    except KeyboardInterrupt:
-        if not Path(options["output"], "compress.json").exists():
-            common.say("Nothing is saved yet.")
-        raise
+    made = compress(source.module, data.train, **request, **shared)
     _tell(made.steps)
     out = common.console()
     if made.spec:

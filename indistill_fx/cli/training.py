@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
 
 class Grouped(click.Command):
-    """A command whose help shows its options in sections.
+    """A command of a run: its help shows the options in sections, and where it is stopped it says how to go on.
 
     Args:
         sections: title -> parameter names; the others come last, under `Other`.
@@ -43,6 +44,15 @@ class Grouped(click.Command):
     def __init__(self, *args: Any, sections: Mapping[str, Sequence[str]], **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.sections = dict(sections)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; stopped outside of a step, it says what is kept. The training itself says where it was stopped."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            if not str(error):
+                say(_kept_in(Path(ctx.params["output"])))
+            raise
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write one list of options per section."""
@@ -54,6 +64,14 @@ class Grouped(click.Command):
             if records:
                 with formatter.section(title):
                     formatter.write_dl(records)
+
+
+def _kept_in(folder: Path) -> str:
+    from indistill_fx.runs.directory import COMPRESSION, LAST
+
+    places = (COMPRESSION, LAST, f"*/{LAST}")  # --compare and --assistant have folders of their own
+    kept = any(any(folder.glob(place)) for place in places)
+    return f"What was done until then is in {folder}; continue with --resume." if kept else "Nothing is saved yet."
 
 
 class Numbers(click.ParamType[list[float]]):

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 
 from indistill_fx.errors import ConfigError, TrainError, instead_of
 from indistill_fx.system.shortage import advice, lost_folder
+from indistill_fx.system.signals import held_back
 
 _DRAFT = ".draft"
 MOST_VALUES = 1 << 20
@@ -88,8 +89,9 @@ def _drafted(target: Path) -> Iterator[Path]:
             if stat.S_IMODE(part.stat().st_mode) != permissions:
                 part.chmod(permissions)  # safetensors makes files that only their owner may read
             _sync(part)
-        for part in parts:
-            os.replace(part, target.parent / part.name)
+        with held_back():
+            for part in parts:
+                os.replace(part, target.parent / part.name)
     _sync(target.parent)
 
 

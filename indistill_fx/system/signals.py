@@ -1,10 +1,15 @@
-"""Signals: one that asks a run to stop saves and stops it, a queue's notice saves it; processes that serve a run leave them to it."""
+"""Signals: one that asks a run to stop saves and stops it, a queue's notice saves it; processes that serve a run leave them to it.
+
+What is no run ends in order: drafts and child processes go with it.
+"""
 
 from __future__ import annotations
 
 import os
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -72,6 +77,50 @@ class StopRequest:
         while self._before:
             number, handler = self._before.popitem()
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+@contextmanager
+def ending_in_order() -> Iterator[None]:
+    """Within the block, a first SIGTERM or SIGHUP raises `Interrupted`, as Ctrl-C does, instead of ending the program on the spot.
+
+    So drafts and temporary folders are removed, and child processes ended. A second one ends the program at once. What the program handles
+    itself or ignores stays as it is, and so do its children; outside the main thread nothing is changed.
+    """
+    owner, before = os.getpid(), dict[int, Any]()
+
+    def end(number: int, frame: FrameType | None) -> None:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+        if os.getpid() != owner:
+            signal.raise_signal(number)  # a child that was forked within the block ends as it always did
+        raise Interrupted("", number)
+
+    if threading.current_thread() is threading.main_thread():
+        for number in _STOP:
+            if signal.getsignal(number) is signal.SIG_DFL:
+                before[number] = signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
+@contextmanager
+def held_back() -> Iterator[None]:
+    """Within the block, the signals that ask to stop wait for its end: for what takes no time, and must not be left half done."""
+    arrived, before = list[int](), dict[int, Any]()
+    try:
+        if threading.current_thread() is threading.main_thread():
+            for number in _STOP:
+                if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                    before[number] = signal.signal(number, lambda number, _: arrived.append(number))
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+        for each in arrived:
+            signal.raise_signal(each)
 
 
 def left_to_the_parent(_: int = 0) -> None:

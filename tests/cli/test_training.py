@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 import indistill_fx as ifx
-from indistill_fx.cli import run
+from indistill_fx.cli import common, run
 from indistill_fx.curriculum import Budget
 from indistill_fx.data.open import open_data
 from indistill_fx.evaluation.accuracy import evaluate
@@ -397,3 +398,26 @@ def test_train_refuses_a_model_for_other_images(here, capsys):
     assert run(["train", "rgb.py:make", *QUICK, "-o", "run"]) == 2
     assert "fails on inputs of shape (50, 1, 8, 8)" in capsys.readouterr().err
     assert not (here / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "said"),
+    [
+        ("", "Nothing is saved yet."),
+        ("checkpoints/last.safetensors", "continue with --resume"),
+        ("kd/checkpoints/last.safetensors", "continue with --resume"),
+        ("compress.json", "continue with --resume"),
+    ],
+)
+def test_a_run_that_is_stopped_outside_of_a_step_says_how_to_go_on(
+    file: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(common, "open_model", interrupted)
+    if file:
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).touch()
+    assert run(["train", "model.pt", "--data", "digits", "-o", str(tmp_path)]) == 130
+    assert said in capfd.readouterr().err

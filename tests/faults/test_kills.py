@@ -50,6 +50,19 @@ def test_kill_9_in_the_middle_of_a_line_of_metrics(tmp_path: Path, victims: Vict
     assert [line.startswith('{"kind": "epoch"') for line in lines] == [True] * 3
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+@pytest.mark.parametrize(("moment", "content"), [("writing", "old"), ("renaming", "new")])
+def test_a_command_that_is_told_to_end_leaves_old_files_or_new_ones_and_no_draft(
+    number: int, moment: str, content: str, tmp_path: Path, victims: Victims
+) -> None:
+    """SIGTERM and SIGHUP ended commands without a run on the spot; Ctrl-C left the first of two files new and the second old."""
+    names = ["two.onnx", "two.onnx.data"]
+    for name in names:
+        (tmp_path / name).write_text("old")
+    assert victims.run("ended_while_writing", tmp_path, int(number), moment) == 128 + number
+    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == dict.fromkeys(names, content)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_the_step_under_way_and_stops(number: int, tmp_path: Path, victims: Victims) -> None:
     place = tmp_path / "run"

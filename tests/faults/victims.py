@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
+from indistill_fx import cli
 from indistill_fx.errors import ConfigError
 from indistill_fx.runs import directory as record
-from indistill_fx.system import tensor_files
+from indistill_fx.system import files, tensor_files
 from indistill_fx.system.signals import Interrupted
 from indistill_fx.training import loop
 from tests.faults.harness import run
@@ -70,6 +71,23 @@ def signalled(place: str, number: int) -> None:
         run(Path(place), checkpoint_every_steps=None)
     except Interrupted as stopped:
         os._exit(40 if stopped.number == number else 4)
+
+
+def ended_while_writing(place: str, number: int, moment: str) -> None:
+    """A command that writes two files, which gets a signal while they are written, or while the first gets its name."""
+    target, rename = Path(place) / "two.onnx", _dying(os.replace, 1, number, before=False)
+
+    def command(*_: Any, **__: Any) -> None:
+        with files.staged(target) as draft:
+            draft.write_text("new")
+            draft.with_name("two.onnx.data").write_text("new")
+            if moment == "writing":
+                os.kill(os.getpid(), number)
+            else:
+                os.replace = rename
+
+    cli.app.main = command  # type: ignore[method-assign, assignment]
+    os._exit(cli.run(["export"]))
 
 
 def waiting(place: str, pipe: str) -> None:
