@@ -35,7 +35,7 @@ class StopRequest:
 
     A first signal that asks to stop also puts the program's own handlers back, so that a second one ends it as usual. A signal that the
     program ignores (SIGHUP under nohup) stays ignored, and a handler of its own for SIGUSR1 stays. Outside the main thread, where
-    Python allows no handlers, nothing is changed.
+    Python allows no handlers, nothing is changed. A signal that the block no longer looked for is raised again at its end.
 
     Args:
         enabled: whether to do anything at all.
@@ -65,6 +65,8 @@ class StopRequest:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._restore()
+        if kind is None and self.number is not None:  # it came after the last step, and there may be a next run
+            signal.raise_signal(self.number)
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         self.number = number

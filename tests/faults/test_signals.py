@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+import indistill_fx as ifx
+from indistill_fx.demo import DigitsStudent, DigitsTeacher
 from tests.faults.harness import EPOCHS, ROOT, STEPS, finishes_as_if_nothing_happened, steps_saved
 
 SCRIPT = """
@@ -120,3 +123,41 @@ def test_a_standard_error_that_takes_nothing_costs_no_work(how: str, tmp_path: P
         done = ends_with(commands / "python", place, "memory", 0, stderr=writing)
         os.close(writing)
     assert done == 0 and len(story(place)["result"]["epochs"]) == EPOCHS
+
+
+class Stopping:
+    """Validation data that are told to stop while they are read for the second time by the student that is trained."""
+
+    def __init__(self, batches: list[Any], at: int | None) -> None:
+        self.batches, self.at, self.read = batches, at, 0
+
+    def __iter__(self) -> Any:
+        self.read += 1
+        if self.read == self.at:
+            signal.raise_signal(signal.SIGINT)
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+def test_a_signal_in_the_last_validation_begins_no_further_run(tmp_path: Path) -> None:
+    batches = [(torch.randn(6, 1, 8, 8), torch.arange(6))]
+
+    def compared(folder: Path, at: int | None, resume: bool = False) -> tuple[Any, Stopping]:
+        torch.manual_seed(0)
+        teacher, student, validation = DigitsTeacher(), DigitsStudent(), Stopping(batches, at)
+        arms = ifx.compare(
+            teacher, student, batches, epochs=2, curriculum=ifx.Curriculum(lengths=1, together=True), val_loader=validation, run_dir=folder,
+            resume=resume, progress=False,
+        )  # fmt: skip
+        return arms, validation
+
+    whole, validation = compared(tmp_path / "whole", None)
+    last = (validation.read + 1) // 3  # of the first of three arms
+    with pytest.raises(KeyboardInterrupt):
+        compared(tmp_path / "stopped", last)
+    assert sorted(path.name for path in (tmp_path / "stopped").iterdir() if path.is_dir()) == ["labels"]
+    resumed, _ = compared(tmp_path / "stopped", None, resume=True)
+    for name, arm in whole.items():
+        assert [stage.losses for stage in resumed[name].record.stages] == [stage.losses for stage in arm.record.stages]
