@@ -111,6 +111,14 @@ def infer_task(logits: Tensor, labels: Tensor | None, inputs: Tensor | None = No
             expected="(batch, classes)",
             hint="A backbone needs a classifier: pooling and a linear layer. Or measure features: --task embedding --retrieval.",
         )
+    if labels.ndim and logits.ndim and len(labels) != len(logits):
+        raise ConfigError(
+            f"A batch has labels of {len(labels)} samples, but the model's outputs are of {len(logits)}.",
+            where="labels",
+            got=len(labels),
+            expected=len(logits),
+            hint="Let the loader give a label for every sample, and the model keep the batch in the first axis of its outputs.",
+        )
     raise other_size(flat, logits) or ConfigError(
         f"Labels of shape {tuple(labels.shape)} ({str(labels.dtype).removeprefix('torch.')}) and outputs of shape "
         f"{tuple(logits.shape)} fit no task, or several.",

@@ -263,3 +263,9 @@ def test_labels_that_never_occur_are_left_out_of_the_means(positions):
     expected = np.mean([average_precision_score(y[:, c], z[:, c]) for c in (0, 2)])
     assert found["mean_average_precision"] == pytest.approx(expected, rel=1e-6)
     assert found["f1"] == pytest.approx(f1_score(y, z > 0, average="macro"), rel=1e-6), "given where it is not: 0"
+
+
+@pytest.mark.parametrize("labels", [torch.arange(3), torch.zeros(3, 4), torch.ones(3, dtype=torch.bool)])
+def test_labels_of_other_samples_are_told_by_their_number(labels: torch.Tensor) -> None:
+    with pytest.raises(ConfigError, match=r"^A batch has labels of 3 samples, but the model's outputs are of 5\."):
+        infer_task(torch.zeros(5, 4), labels)
