@@ -18,6 +18,25 @@ for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHU
         signal.signal(number, usual)
 
 
+SLOW = (
+    "test_site",
+    "test_processes",
+    "test_stage_distributed",
+    "test_fuzz",
+    "test_streams",
+    "test_compression",
+    "test_signals",
+    "test_cli",
+)
+"""Files of tests that take longest, the slowest first."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that take longest: with two processes, each of which takes whole files, none of them is left for the end."""
+    places = {name: place for place, name in enumerate(SLOW)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(SLOW)))
+
+
 @pytest.fixture(scope="module", autouse=True)
 def quick_collections() -> None:
     """Leave what was imported until here out of garbage collections: each stage of training has one, which took longer than its steps."""
