@@ -335,7 +335,7 @@ def _by_name(form: _Form, inputs: Mapping[str, Any], model: Inputs, batch: Any, 
     only = [value for value in only if value.ndim > 1] if len(only) > 1 else only
     if missing and not chosen and len(model.required) == 1:
         known = missing[0] in model.forms
-        if len(only) == 1 and model.forms.get(missing[0]) is None:
+        if len(only) == 1 and model.forms.get(missing[0]) is None and all(isinstance(v, Tensor) for v in own.values()):
             return Call((), {missing[0]: only[0]})
         if own and (model.forms[missing[0]] == () if known else form.apart and len(own) > 1):
             return Call((), {missing[0]: own})

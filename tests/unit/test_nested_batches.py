@@ -54,6 +54,11 @@ class Unsaid(Flat):
         return super().forward(obs["image"], obs["vector"])
 
 
+class Deeper(Flat):
+    def forward(self, obs) -> Tensor:  # type: ignore[no-untyped-def, override]
+        return super().forward(obs["camera"]["image"], obs["vector"])
+
+
 class WithMask(Flat):
     def forward(self, image: Tensor, more: dict[str, Tensor]) -> Tensor:
         return super().forward(image, more["vector"])
@@ -87,6 +92,7 @@ FORMS: dict[str, tuple[type[Flat], Yields]] = {
     "more entries than it takes": (OfDict, lambda i, v, y: {**in_dict(i, v), "path": ["a"] * len(y), "labels": y}),
     "another order": (OfDict, lambda i, v, y: ({"vector": v, "image": i}, y)),
     "no annotation": (Unsaid, lambda i, v, y: (in_dict(i, v), y)),
+    "a dict in a dict": (Deeper, lambda i, v, y: ({"camera": {"image": i}, "vector": v}, y)),
     "a pair": (OfPair, lambda i, v, y: ((i, v), y)),
     "a list": (OfPair, lambda i, v, y: ([i, v], y)),
     "a pair by name": (OfPair, lambda i, v, y: {"pair": (i, v), "labels": y}),
