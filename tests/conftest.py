@@ -1,14 +1,17 @@
-"""For all tests: programs that start at once, the usual signals, and quick garbage collections."""
+"""For all tests: the same random numbers in any order, programs that start at once, the usual signals, and quick garbage collections."""
 
 from __future__ import annotations
 
 import gc
+import random
 import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis  # noqa: F401  as it asks, when it is imported, what refers to random generators: frozen objects are not told
+import numpy as np
 import pytest
+import torch
 
 from tests.forked import forked
 
@@ -35,6 +38,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the files that take longest: with two processes, each of which takes whole files, none of them is left for the end."""
     places = {name: place for place, name in enumerate(SLOW)}
     items.sort(key=lambda item: places.get(item.path.stem, len(SLOW)))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Each test draws the same numbers, whichever tests ran before it."""
+    random.seed(0), np.random.seed(0), torch.manual_seed(0)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -67,8 +67,14 @@ def counted(labels: Tensor | None, logits: Tensor) -> Tensor:
 
 
 def without_padding(mask: Tensor) -> Tensor:
-    """Labels that say nothing but which positions count: those where a padding mask (batch, *positions) is not 0."""
-    return torch.zeros_like(mask, dtype=torch.int64).masked_fill(mask == 0, IGNORED)
+    """Labels that say nothing but which positions count, by a padding mask (batch, *positions).
+
+    Padding is where the mask is 0. A mask that is added to the scores of attention (floats, none above 0) is below 0 at padding.
+    """
+    padding = mask == 0
+    if mask.is_floating_point():
+        padding = torch.where((mask > 0).any(), padding, mask < 0)
+    return torch.zeros_like(mask, dtype=torch.int64).masked_fill(padding, IGNORED)
 
 
 def mean_over(values: Tensor, mask: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import indistill_fx as ifx
+from indistill_fx.losses.positions import IGNORED, without_padding
 from indistill_fx.losses.task import Language
 
 LENGTH, WORDS = 7, 11
@@ -83,3 +84,16 @@ def test_a_mask_of_another_size_says_nothing() -> None:
     )[-1]  # fmt: skip
     kept = {**TEXTS, "labels": torch.zeros(4, 4, dtype=torch.long)}
     assert stage(TEXTS).item() == pytest.approx(stage(kept).item(), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [MASK.float(), MASK.bool(), (1.0 - MASK) * -1e9, torch.where(MASK > 0, 0.0, -torch.inf), MASK.half()],
+    ids=["floats", "bools", "added", "added, infinite", "halves"],
+)
+def test_every_kind_of_mask(mask: Tensor) -> None:
+    assert torch.equal(without_padding(mask), torch.where(MASK > 0, 0, IGNORED))
+
+
+def test_a_mask_that_adds_nothing_hides_nothing() -> None:
+    assert torch.equal(without_padding(torch.zeros(4, LENGTH)), torch.zeros(4, LENGTH, dtype=torch.int64))
