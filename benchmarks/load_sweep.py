@@ -26,7 +26,7 @@ import torchvision
 from torch import nn
 
 from indistill_fx.errors import ConfigError
-from indistill_fx.loading.model_zoos import build_timm, build_torchvision
+from indistill_fx.loading.libraries import build_timm, build_torchvision
 from indistill_fx.loading.safe_pickle import open_saved
 
 

@@ -2,9 +2,9 @@ r"""Two language models into half of their layers, on a text at hand: the descri
 
 BERT says from which description 64 characters are; GPT-2 foretells the next character, and is distilled token by token.
 
-    indistill-fx train   examples/texts.py:bert_teacher --data examples/texts.py:bert_loaders --logits logits -o runs/teacher
+    indistill-fx train   examples/texts.py:bert_teacher --data examples/texts.py:bert_loaders -o runs/teacher
     indistill-fx distill examples/texts.py:bert_teacher@runs/teacher/student.safetensors examples/texts.py:bert_student \
-        --data examples/texts.py:bert_loaders --logits logits -o runs/student
+        --data examples/texts.py:bert_loaders -o runs/student
 
 and likewise `gpt_teacher`, `gpt_student`, `gpt_loaders`.
 """

@@ -187,7 +187,7 @@ def nearest(name: str, legal: Iterable[str], *, count: int = 3, all_if_none: boo
     close = get_close_matches(name, legal, n=count, cutoff=0.5)
     if close:
         return f"Nearest: {', '.join(close)}."
-    return f"Choose from: {', '.join(legal)}." if all_if_none and len(legal) <= 12 else ""
+    return f"Choose from: {', '.join(legal)}." if all_if_none and 0 < len(legal) <= 12 else ""
 
 
 def unknown(where: str, name: str, kind: str, known: Iterable[str], *, legal: str) -> ConfigError:

@@ -71,7 +71,10 @@ def app(context: click.Context, debug: bool) -> None:
       models.py:make_student        a factory or class in your own code (also pkg.models:make_student)
       torchvision:resnet18          a constructor by name; ?num_classes=10 for arguments
       timm:resnet10t                the same for timm
-      …@weights.safetensors         any of the last three with a state dict loaded (.pt too)
+      FOLDER                        what save_pretrained of transformers or save_for_hf of timm wrote; ?num_hidden_layers=2
+                                    changes its configuration (new weights)
+      …@weights.safetensors         any of the last four with a state dict loaded (.pt too)
+      …checkpoint.pt?entry=ema      the model or the weights that a checkpoint holds under this key
 
     DATA is digits, cifar10, cifar100, imagefolder:DIR or file.py:make_loaders.
 

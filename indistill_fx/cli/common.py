@@ -186,7 +186,7 @@ def _takes_data() -> bool:
 def _dummy_inputs(module: nn.Module) -> Any:
     """The dummy inputs, by name, of a model from Hugging Face's transformers; None for other models."""
     found = getattr(module, "dummy_inputs", None)
-    if not isinstance(found, dict) or not found:
+    if not isinstance(found, dict) or getattr(module, "main_input_name", None) not in found:
         return None
     shown = ", ".join(f"{name} {'x'.join(map(str, value.shape[1:]))}" for name, value in found.items())
     say(f"Input sizes are the defaults of {type(module).__name__}: {shown}. For other sizes give --input or --data.")

@@ -1,4 +1,4 @@
-"""What is known of a model's input: by torchvision's weights, by timm's `pretrained_cfg`, by what a package has published.
+"""What is known of a model's input: by torchvision's weights, timm's `pretrained_cfg`, transformers' configurations, or a package's papers.
 
 What a model *can* be fed with is one thing, and what its weights *want* another: a library's usual figures say nothing of weights that came
 from elsewhere. So the two are kept apart, and nothing is wanted that is not known.
@@ -7,8 +7,9 @@ from elsewhere. So the two are kept apart, and nothing is wanted that is not kno
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeGuard
 from weakref import WeakKeyDictionary
 
@@ -97,7 +98,9 @@ def describe_torchvision(name: str, arguments: Mapping[str, Any], module: nn.Mod
 
 
 def describe_module(module: nn.Module, *, pretrained: bool = False) -> InputFacts:
-    """What a model itself says of its input, or the package that its class is from: of timm's models their `pretrained_cfg`.
+    """What a model itself says of its input, or the package that its class is from.
+
+    Of timm's models that is their `pretrained_cfg`, of transformers' models for images their `config`.
 
     Args:
         module: any model.
@@ -108,7 +111,57 @@ def describe_module(module: nn.Module, *, pretrained: bool = False) -> InputFact
         edge = getattr(module, "input_image_size", None)
         size = (edge, edge) if isinstance(edge, int) else None
         return InputFacts((3, *size) if size else None, _TF_LITE, size, _TF_LITE)
-    return _by_configuration(module, pretrained)
+    held = getattr(module, "config", None)
+    if getattr(module, "main_input_name", None) == "pixel_values" and held is not None and hasattr(held, "to_dict"):
+        return describe_configuration(held.to_dict(), {}, pretrained=pretrained)
+    return _by_pretrained_cfg(module, pretrained)
+
+
+def describe_configuration(
+    model: Mapping[str, Any], preprocessing: Mapping[str, Any], *, pretrained: bool
+) -> InputFacts:
+    """What the configuration of a model of transformers, and that of its images, say of its input.
+
+    Args:
+        model: what is in config.json.
+        preprocessing: what is in preprocessor_config.json; empty if there is none.
+        pretrained: whether the model has the weights that came with it.
+    """
+    classes = _labels_in(model)
+    mean, deviation = preprocessing.get("image_mean"), preprocessing.get("image_std")
+    if not preprocessing.get("do_normalize", True):
+        mean, deviation = [0.0], [1.0]
+    factor = preprocessing.get("rescale_factor", 1 / 255)
+    normalisation: Normalisation | None = None
+    if _are_numbers(mean) and _are_numbers(deviation) and _are_numbers([factor]) and factor and all(deviation):
+        scale = 255 * float(factor)  # data are divided by 255
+        normalisation = tuple(m / scale for m in mean), tuple(d / scale for d in deviation)
+    only = _edges(model.get("image_size"))
+    edges = only or _edges(preprocessing.get("crop_size")) or _edges(preprocessing.get("size"))
+    channels = model.get("num_channels", 3)
+    if edges is None or not _is_shape([channels, *edges]):
+        return InputFacts(classes=classes)
+    known = InputFacts((channels, *edges), normalisation, classes=classes)
+    wanted = edges if only or pretrained else None
+    return replace(known, wanted_size=wanted, wanted_normalisation=normalisation if pretrained else None)
+
+
+def _edges(value: Any) -> tuple[int, int] | None:
+    """Height and width, in one of the forms that transformers writes them in."""
+    if isinstance(value, Mapping):
+        value = [value.get("height", value.get("shortest_edge")), value.get("width", value.get("shortest_edge"))]
+    edges = [value, value] if isinstance(value, int) else value
+    return (edges[0], edges[1]) if isinstance(edges, (list, tuple)) and len(edges) == 2 and _is_shape(edges) else None
+
+
+def _labels_in(model: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names of the classes, if they are not the ones that transformers makes up."""
+    held = model.get("id2label")
+    if not isinstance(held, Mapping):
+        return ()
+    names = [held.get(str(number)) for number in range(len(held))]
+    told = [name for name in names if isinstance(name, str) and not re.fullmatch(r"LABEL_\d+", name)]
+    return tuple(told) if len(told) == len(names) else ()
 
 
 def picture_channels(module: nn.Module) -> Literal[1, 3] | None:
@@ -140,7 +193,7 @@ def other_channels(module: nn.Module, call: Call) -> Literal[1, 3] | None:
     return None
 
 
-def _by_configuration(module: nn.Module, pretrained: bool) -> InputFacts:
+def _by_pretrained_cfg(module: nn.Module, pretrained: bool) -> InputFacts:
     config = getattr(module, "pretrained_cfg", None)
     size = config.get("input_size") if isinstance(config, dict) else None
     if not isinstance(config, dict) or not _is_shape(size):

@@ -29,8 +29,8 @@ class Source:
     Args:
         module: the model, with the training flags its source gave it.
         spec: the string it was loaded from.
-        kind: `module file`, `exported program`, `ONNX file`, `factory`, `torchvision` or `timm`; `student`: a factory
-            in a student.py whose data are known.
+        kind: `module file`, `exported program`, `ONNX file`, `factory`, `torchvision`, `timm` or `model folder`; `student`: a
+            factory in a student.py whose data are known.
         example_inputs: inputs the source has, batch included.
         input_size: the shape of one input sample, such as (3, 224, 224).
         normalisation: mean and standard deviation per channel that its inputs are normalised by, as its library does.
@@ -77,7 +77,7 @@ def load_source(spec: str, *, trust: Sequence[str] = ()) -> Source:
         if parsed.weights:
             from indistill_fx.loading.state_dicts import load_weights
 
-            notes = load_weights(source.module, Path(parsed.weights), trust=trust)
+            notes = load_weights(source.module, Path(parsed.weights), entry=parsed.entry, trust=trust)
             source = replace(source, notes=(*source.notes, *notes))
     return source
 
@@ -115,8 +115,11 @@ def _require_packages(trust: Sequence[str]) -> None:
 
 def _load_file(parsed: Spec, trust: Sequence[str]) -> Source:
     from indistill_fx.loading.file_kinds import count_safetensors
+    from indistill_fx.loading.libraries import is_model_folder
 
     path = Path(parsed.place)
+    if is_model_folder(path):
+        return _build_by_folder(path, parsed, trust)
     if not os.path.exists(path) and path.name == parsed.place and not path.suffix:
         hint = f"Check the path. A model of a library is named with the library: torchvision:{path} or timm:{path}."
         raise ConfigError(
@@ -129,7 +132,7 @@ def _load_file(parsed: Spec, trust: Sequence[str]) -> Source:
         return _load_onnx(path, parsed)
     if kind == "export":
         return _load_exported(path, parsed.text, trust)
-    return _load_module_file(path, parsed.text, trust)
+    return _load_module_file(path, parsed, trust)
 
 
 def _load_exported(path: Path, text: str, trust: Sequence[str]) -> Source:
@@ -171,20 +174,22 @@ def _load_onnx(path: Path, parsed: Spec, *, black_box: bool = False) -> Source:
     return replace(_with_facts(source, facts), logits=stated.logits, task=stated.task)
 
 
-def _load_module_file(path: Path, text: str, trust: Sequence[str]) -> Source:
+def _load_module_file(path: Path, parsed: Spec, trust: Sequence[str]) -> Source:
     from torch import nn
 
     from indistill_fx.loading.input_facts import describe_module
+    from indistill_fx.loading.pickle_scan import find_entry
     from indistill_fx.loading.safe_pickle import open_saved
 
     label = str(path)
     with path.open("rb") as file, open_saved(file, label, trust=trust) as saved:
-        described, notes = _find_module(saved.root)
+        held = find_entry(saved.root, "" if parsed.weights else parsed.entry, label)
+        described, notes = _find_module(held)
         if described is None:
-            tensors = _count_tensors(saved.root)
+            tensors = _count_tensors(held)
             if not tensors:
-                saved.make(saved.root)  # raises an error that names what is not on the allow list
-            raise _only_weights(path, tensors)
+                saved.make(held)  # raises an error that names what is not on the allow list
+            raise _only_weights(path, tensors, parsed.entry)
         module = saved.make(described)
         notes = (*notes, *saved.describe_trusted(described))
     if not isinstance(module, nn.Module):
@@ -194,13 +199,14 @@ def _load_module_file(path: Path, text: str, trust: Sequence[str]) -> Source:
             hint="Name a function or class that gives a torch.nn.Module.",
         )
     module, unwrapped = _unwrap(module, label)
-    return _with_facts(Source(module, text, "module file", notes=(*notes, *unwrapped)), describe_module(module))
+    source = Source(module, parsed.text, "module file", notes=(*notes, *unwrapped))
+    return _with_facts(source, describe_module(module))
 
 
 def _find_module(root: Any) -> tuple[Any, tuple[str, ...]]:
     """The description of the module in a file: the whole content, or an entry of a checkpoint; None if there is none."""
     from indistill_fx.loading.pickle_scan import Made, entries
-    from indistill_fx.loading.state_dicts import WRAPPERS
+    from indistill_fx.loading.state_dicts import WRAPPERS, say_others
 
     if isinstance(root, Made) and root.is_module:
         return root, ()
@@ -213,7 +219,7 @@ def _find_module(root: Any) -> tuple[Any, tuple[str, ...]]:
                 for other, value in found.items()
                 if other != key and isinstance(value, Made) and value.is_module
             ]
-            beside = f", which has others under {', '.join(map(repr, others))}" if others else ""
+            beside = say_others(others)
             return held, (f"the model was taken from {key!r} of the checkpoint{beside}",)
     return None, ()
 
@@ -246,7 +252,7 @@ def _unwrap(module: nn.Module, label: str) -> tuple[nn.Module, tuple[str, ...]]:
 
 def _build_by_name(parsed: Spec) -> Source:
     from indistill_fx.loading.input_facts import describe_module, describe_torchvision
-    from indistill_fx.loading.model_zoos import build_timm, build_torchvision
+    from indistill_fx.loading.libraries import build_timm, build_torchvision
 
     if parsed.place == "timm":
         module = build_timm(parsed.name, parsed.arguments)
@@ -258,6 +264,21 @@ def _build_by_name(parsed: Spec) -> Source:
         module = build_torchvision(parsed.name, parsed.arguments)
         facts = describe_torchvision(parsed.name, {} if parsed.weights else parsed.arguments, module)
     return _with_facts(Source(module, parsed.text, parsed.place), facts)
+
+
+def _build_by_folder(path: Path, parsed: Spec, trust: Sequence[str]) -> Source:
+    from indistill_fx.loading.input_facts import describe_configuration, describe_module
+    from indistill_fx.loading.libraries import PREPROCESSING, build_from_folder, read_configuration
+
+    module, notes = build_from_folder(path, parsed.arguments, weights=not parsed.weights, trust=trust)
+    pretrained = not (parsed.arguments or parsed.weights)
+    held = read_configuration(path)
+    if "architectures" in held:
+        facts = describe_configuration(held, read_configuration(path, PREPROCESSING), pretrained=pretrained)
+    else:
+        facts = describe_module(module, pretrained=pretrained)
+        facts = facts if pretrained else replace(facts, wanted_normalisation=None)
+    return _with_facts(Source(module, parsed.text, "model folder", notes=notes), facts)
 
 
 def _with_facts(source: Source, facts: InputFacts) -> Source:
@@ -274,13 +295,14 @@ def _with_facts(source: Source, facts: InputFacts) -> Source:
     )
 
 
-def _only_weights(path: Path, tensors: int) -> ConfigError:
+def _only_weights(path: Path, tensors: int, entry: str = "") -> ConfigError:
     if not tensors:
-        message = f"`{path}` holds neither a module nor a state dict."
+        message = f"`{path}` holds neither a module nor a state dict{f' under {entry!r}' if entry else ''}."
         return ConfigError(message, where=str(path), hint="Save the model whole: torch.save(model, path).")
+    file = f"{path}?entry={entry}" if entry else path
     return ConfigError(
-        f"`{path}` is a state dict of {tensors} tensors: weights without the model they belong to.",
+        f"`{file}` is a state dict of {tensors} tensors: weights without the model they belong to.",
         where=str(path),
         got="a state dict",
-        hint=f"Name the model before it: torchvision:NAME@{path} or models.py:make_model@{path}.",
+        hint=f"Name the model before it: torchvision:NAME@{file} or models.py:make_model@{file}.",
     )

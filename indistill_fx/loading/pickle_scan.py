@@ -19,6 +19,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
+from indistill_fx.errors import ConfigError, nearest
 from indistill_fx.loading.allow_list import STORAGES, Named, resolve
 
 # Opcodes of protocol 2, torch.save's default, and what protocols 3 to 5 write for the same values.
@@ -146,6 +147,25 @@ def entries(value: Any) -> dict[Any, Any] | None:
     if isinstance(value, Made) and value.items:
         return dict(value.items)
     return dict(value) if isinstance(value, Mapping) else None
+
+
+def find_entry(root: Any, entry: str, label: str) -> Any:
+    """What a file holds under a key, or under several joined by `/`; all of it without one.
+
+    Raises:
+        ConfigError: there is no such key; says which there are.
+    """
+    held = root
+    for part in entry.split("/") if entry else ():
+        found = {str(key): value for key, value in (entries(held) or {}).items()}
+        if part not in found:
+            shown = ", ".join(repr(key[:60]) for key in [*found][:20])
+            hint = nearest(part, found) or (
+                f"It holds: {shown}." if shown else "It holds no entries: name the file alone."
+            )
+            raise ConfigError(f"`{label}` has no entry {entry!r}.", where=label, got=part, hint=hint)
+        held = found[part]
+    return held
 
 
 class _Reader(pickle._Unpickler):

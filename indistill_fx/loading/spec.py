@@ -6,8 +6,10 @@
     onnxruntime:model.onnx?taps=NAME,NAME     an ONNX file as a black box, with tensors of it that can be learned
     models.py:make, package.module:make       a factory or a class in the user's own code
     torchvision:resnet18, timm:resnet10t      a constructor by name
-    …?num_classes=10&width=16                 arguments, for the last two rows
+    folder                                    a model of transformers or timm, as save_pretrained or save_for_hf wrote it
+    …?num_classes=10&width=16                 arguments, for the last three rows; of a folder, entries of its configuration
     …@weights.safetensors, …@weights.pt       weights to load into it
+    checkpoint.pt?entry=ema, …@checkpoint.pt?entry=ema  what a checkpoint holds under this key, or under several: entry=callbacks/ema
 
 Nothing of a model file is run, unless it names a package that the user trusts; the user's own code is run, of course.
 """
@@ -24,8 +26,11 @@ from typing import Any
 
 from indistill_fx.errors import ConfigError
 
-MODEL_FORMS = "model.pt, model.pt2, model.onnx, models.py:make_model, package.module:make_model, torchvision:resnet18 or timm:resnet10t"
-_RUNTIME = "onnxruntime:"
+MODEL_FORMS = (
+    "model.pt, model.pt2, model.onnx, a model's folder, "
+    "models.py:make_model, package.module:make_model, torchvision:resnet18 or timm:resnet10t"
+)
+_RUNTIME, _ENTRY = "onnxruntime:", "?entry="
 _MODEL_SUFFIXES = (".pt", ".pth", ".pt2", ".onnx", ".bin", ".ckpt")
 _IN_A_FILE = re.compile(r"(?P<place>.*?\.py):(?P<name>\w*)(?:(?P<mark>\?)(?P<query>.*))?", re.DOTALL)
 LARGEST_INPUT = 1 << 28
@@ -36,13 +41,14 @@ LARGEST_IN_A_FILE = 1 << 26
 
 @dataclass(frozen=True, slots=True)
 class Spec:
-    """A spec string, taken apart. Without `name`, `place` is a file."""
+    """A spec string, taken apart. Without `name`, `place` is a file or a folder. `entry` is a key in the checkpoint that is named last."""
 
     text: str
     place: str
     name: str = ""
     arguments: Mapping[str, Any] = field(default_factory=dict)
     weights: str = ""
+    entry: str = ""
 
 
 def parse_spec(text: str) -> Spec:
@@ -61,31 +67,46 @@ def parse_spec(text: str) -> Spec:
     if os.path.exists(text):  # unlike pathlib, this is False for a name that is too long or holds a zero byte
         return Spec(text, text)
     left, weights = _split_weights(text) if not text.startswith(_RUNTIME) else (text, "")
+    weights, entry = _split_entry(weights)
     if os.path.exists(left):
-        return Spec(text, left, weights=weights)
+        return Spec(text, left, weights=weights, entry=entry)
     place, colon, name, mark, query = _split_constructor(left)
     if not colon:
-        if mark and place.endswith(".onnx"):
-            return Spec(text, place, arguments=_parse_arguments(query, text), weights=weights)
+        if mark and (place.endswith(".onnx") or os.path.isdir(place)):
+            return Spec(text, place, arguments=_parse_arguments(query, text), weights=weights, entry=entry)
+        if (parts := _split_entry(left))[1] and not weights:
+            return Spec(text, parts[0], entry=parts[1])
         if mark:
-            hint = f"Arguments are for constructors: {MODEL_FORMS}."
+            hint = f"Arguments are for constructors and folders: {MODEL_FORMS}."
             raise ConfigError(f"{text!r} gives arguments to a file.", where=text, got=query, hint=hint)
-        return Spec(text, left, weights=weights)
+        return Spec(text, left, weights=weights, entry=entry)
     if not place or not name:
         raise ConfigError(f"{text!r} names no model.", where=text, expected=MODEL_FORMS, hint=f"Write {MODEL_FORMS}.")
-    return Spec(text, place, name, _parse_arguments(query, text) if mark else {}, weights)
+    return Spec(text, place, name, _parse_arguments(query, text) if mark else {}, weights, entry)
 
 
 def _split_weights(text: str) -> tuple[str, str]:
     """Split a spec into model and weights. Folder names may contain an `@`, so an existing file decides."""
     parts = [(text[:k], text[k + 1 :]) for k, character in enumerate(text) if character == "@"]
-    parts = [(left, weights) for left, weights in parts if ":" in left or left.endswith(_MODEL_SUFFIXES)]
+    parts = [(left, weights) for left, weights in parts if _may_be_model(left)]
     if not parts:
         return text, ""
-    left, weights = next((part for part in parts if part[1] and os.path.exists(part[1])), parts[-1])
+    left, weights = next((part for part in parts if part[1] and os.path.exists(_split_entry(part[1])[0])), parts[-1])
     if not weights:
         raise ConfigError(f"{text!r} names no weights after '@'.", where=text, hint=f"Write {left}@weights.pt.")
     return left, weights
+
+
+def _may_be_model(text: str) -> bool:
+    return ":" in text or text.endswith(_MODEL_SUFFIXES) or os.path.isdir(text.partition("?")[0])
+
+
+def _split_entry(text: str) -> tuple[str, str]:
+    """Split the name of a checkpoint into file and entry; a file of this name decides."""
+    file, mark, entry = text.rpartition(_ENTRY)
+    if mark and not entry:
+        raise ConfigError(f"{text!r} names no entry after '='.", where=text, hint=f"Write {file}{_ENTRY}ema.")
+    return (file, entry) if mark and not os.path.exists(text) else (text, "")
 
 
 def _split_constructor(text: str) -> tuple[str, str, str, str, str]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from indistill_fx.errors import ConfigError
 from indistill_fx.loading.file_kinds import damaged, recognise
-from indistill_fx.loading.pickle_scan import Made, entries
+from indistill_fx.loading.pickle_scan import Made, entries, find_entry
 from indistill_fx.loading.safe_pickle import SavedFile, open_saved
 from indistill_fx.system.files import LONGEST_HEADER, read_json
 from indistill_fx.system.tensor_files import load_tensors, require_header
@@ -27,12 +27,13 @@ _INDEX = ".index.json"
 _SHOWN = 5
 
 
-def load_weights(module: nn.Module, path: Path, *, trust: Sequence[str] = ()) -> tuple[str, ...]:
+def load_weights(module: nn.Module, path: Path, *, entry: str = "", trust: Sequence[str] = ()) -> tuple[str, ...]:
     """Load a state dict into a module, in place.
 
     Args:
         module: gets the weights; its training flags stay.
         path: a safetensors file, one of torch.save, or the index of several (model.safetensors.index.json).
+        entry: where in a file of torch.save they are: a key, or several joined by `/`. By default they are looked for.
         trust: packages whose objects the file may hold beside the tensors.
 
     Returns:
@@ -41,7 +42,7 @@ def load_weights(module: nn.Module, path: Path, *, trust: Sequence[str] = ()) ->
     Raises:
         ConfigError: the file cannot be read, or its keys, shapes or kinds of numbers are not the module's; names them.
     """
-    state, notes = read_state_dict(path, trust=trust)
+    state, notes = read_state_dict(path, entry=entry, trust=trust)
     expected = module.state_dict()
     state, renamed = _under_prefix(state, expected, path)
     notes = (*notes, *renamed)
@@ -126,11 +127,14 @@ def _with_shared(
     return state
 
 
-def read_state_dict(path: Path, *, trust: Sequence[str] = ()) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+def read_state_dict(
+    path: Path, *, entry: str = "", trust: Sequence[str] = ()
+) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """Read the state dict of a file.
 
     Args:
         path: a safetensors file, one of torch.save, or the index of several (model.safetensors.index.json).
+        entry: as in `load_weights`.
         trust: packages whose objects the file may hold beside the tensors.
 
     Returns:
@@ -139,9 +143,12 @@ def read_state_dict(path: Path, *, trust: Sequence[str] = ()) -> tuple[dict[str,
     Raises:
         ConfigError: the file is of another kind, damaged, or holds no state dict.
     """
-    if path.name.endswith(_INDEX) and path.is_file():
+    if path.name.endswith(_INDEX) and path.is_file() and not entry:
         return _read_shards(path, trust)
     kind, label = recognise(path), str(path)
+    if entry and kind not in ("torch", "torch-legacy"):
+        message = f"`{label}` has no entry {entry!r}: only files of torch.save have entries."
+        raise ConfigError(message, where=label, got=entry, hint=f"Name the file alone: {label}.")
     if kind == "safetensors":
         return _read_safetensors(path), ()
     if kind == "export":
@@ -153,7 +160,7 @@ def read_state_dict(path: Path, *, trust: Sequence[str] = ()) -> tuple[dict[str,
             f"`{label}` is a whole ONNX model, not weights.", where=label, hint=f"Name it alone: {label}."
         )
     with path.open("rb") as file, open_saved(file, label, trust=trust) as saved:
-        return _read_saved(saved)
+        return _read_saved(saved, entry)
 
 
 def _read_shards(path: Path, trust: Sequence[str]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
@@ -190,9 +197,9 @@ def _read_shards(path: Path, trust: Sequence[str]) -> tuple[dict[str, Tensor], t
     return state, (*notes, f"weights: read from the {len(set(names))} files of the index")
 
 
-def _read_saved(saved: SavedFile) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+def _read_saved(saved: SavedFile, entry: str) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """The tensors of a checkpoint. Nothing else in the file, such as a script's arguments, is made."""
-    label, held = saved.label, saved.root
+    label, held = f"{saved.label}?entry={entry}" if entry else saved.label, find_entry(saved.root, entry, saved.label)
     notes: tuple[str, ...] = ()
     if isinstance(held, Made) and held.is_module and entries(held) is None:
         saved.require_names(held)
@@ -209,7 +216,7 @@ def _read_saved(saved: SavedFile) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     if keys := [key for key in WRAPPERS if entries(found.get(key)) is not None]:
         inner = entries(found[keys[0]]) or {}
         others = [str(key)[:60] for key, value in found.items() if key != keys[0] and _has_keys_of(value, inner)]
-        beside = f", which has others under {', '.join(map(repr, others[:_SHOWN]))}" if others else ""
+        beside = say_others(others[:_SHOWN], f"{entry}/" if entry else "")
         found, notes = inner, (f"weights: taken from {keys[0]!r} of the checkpoint{beside}",)
     others = [str(key)[:60] for key, value in found.items() if not (isinstance(key, str) and _may_be_tensor(value))]
     if others or not found:
@@ -219,6 +226,11 @@ def _read_saved(saved: SavedFile) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     if not_tensors := [key for key, value in state.items() if not isinstance(value, Tensor)]:
         raise _no_state_dict(label, not_tensors)
     return state, (*notes, *saved.describe_trusted(found))
+
+
+def say_others(keys: Sequence[str], before: str = "") -> str:
+    """That a checkpoint holds the same under other keys, and how to name them."""
+    return f", which has others under {', '.join(map(repr, keys))} (?entry={before}{keys[0]})" if keys else ""
 
 
 def _may_be_tensor(value: Any) -> bool:

@@ -13,14 +13,15 @@ from typing import TYPE_CHECKING, Any
 from indistill_fx.errors import ConfigError, TrainError
 from indistill_fx.loading.input_facts import InputFacts, remember
 from indistill_fx.loading.inputs import describe_inputs
+from indistill_fx.loading.libraries import FETCHING, is_model_folder
 from indistill_fx.loading.load import Source, load_source
 from indistill_fx.loading.spec import LARGEST_IN_A_FILE, Spec, is_input_size, parse_spec
 from indistill_fx.loading.state_dicts import count_numbers, load_weights
-from indistill_fx.runs.bounded import Bounded
 from indistill_fx.runs.directory import BEST, EXPORT, LAST, MOST_BYTES, STUDENT
 from indistill_fx.runs.model_facts import TRAINED, as_object, facts_in, inputs_in, with_facts
 from indistill_fx.runs.saved_outputs import is_saved_outputs, load_outputs
 from indistill_fx.runs.signature import is_signed, sign
+from indistill_fx.system.bounded import Bounded
 from indistill_fx.system.files import read_json, save_json
 
 if TYPE_CHECKING:
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
 
 
 _OURS = ("indistill_fx.demo:DigitsTeacher", "indistill_fx.demo:DigitsStudent")
-_FETCHING = ("pretrained", "checkpoint", "weights", "cache")
-"""Arguments of a library's constructors, by how their names begin, that read other files or the network."""
 
 
 def is_run(spec: str) -> bool:
@@ -45,10 +44,11 @@ def absolute(spec: str) -> str:
     place, at, weights = parsed.place, "@" if parsed.weights else "", parsed.weights
     if not os.path.exists(place) and not weights:
         return spec
-    head = spec.removesuffix(f"@{weights}") if weights else spec
+    entry = f"?entry={parsed.entry}" if parsed.entry else ""
+    head = spec.removesuffix(f"{at}{weights}{entry}")
     if os.path.exists(place):
         head = str(Path(place).resolve()) + head.removeprefix(place)
-    return f"{head}{at}{Path(weights).resolve() if os.path.exists(weights) else weights}"
+    return f"{head}{at}{Path(weights).resolve() if os.path.exists(weights) else weights}{entry}"
 
 
 def about(model: str, data: str, input_size: tuple[int, ...], example: Any = None, **more: Any) -> dict[str, Any]:
@@ -78,9 +78,10 @@ def about(model: str, data: str, input_size: tuple[int, ...], example: Any = Non
 
 def runs_code(spec: Spec) -> bool:
     """Whether to build a model from a spec is to run code that it names, or to fetch what it names."""
-    if not spec.name or (f"{spec.place}:{spec.name}" in _OURS and not spec.arguments):
-        return False
-    return spec.place not in ("torchvision", "timm") or any(name.startswith(_FETCHING) for name in spec.arguments)
+    if any(name.startswith(FETCHING) for name in spec.arguments):
+        return True
+    ours = f"{spec.place}:{spec.name}" in _OURS and not spec.arguments
+    return bool(spec.name) and not ours and spec.place not in ("torchvision", "timm")
 
 
 def keep_export(run: str | os.PathLike[str], **measured: Any) -> str | None:
@@ -263,7 +264,8 @@ def load_run(path: str | os.PathLike[str], *, trust: Sequence[str] = ()) -> Sour
             f"The run in {folder} has no {weights.name}; {reached}.", where=str(folder), hint="Finish it with --resume."
         )
     # The constructor of a library's model gets arguments from run.json.
-    library = bool(parse_spec(spec).name) and not runs_code(parse_spec(spec))
+    parsed = parse_spec(spec)
+    library = (bool(parsed.name) or is_model_folder(Path(parsed.place))) and not runs_code(parsed)
     with Bounded(str(folder / "run.json"), count_numbers(weights)) if library else nullcontext():
         source = load_source(spec, trust=trust)
     notes = load_weights(source.module, weights)

@@ -90,16 +90,70 @@ def test_other_weights_of_the_same_model_are_said(name: str, nested: bool, tmp_p
     rest = {"optimizer": {"state": {0: {"momentum": torch.ones(3)}}}, "callbacks": {"best": {"score": torch.ones(())}}}
     torch.save({"state_dict": trained.state_dict(), name: other, **rest}, tmp_path / "w.pt")
     assert load_weights(fresh, tmp_path / "w.pt") == (
-        f"weights: taken from 'state_dict' of the checkpoint, which has others under '{name}'",
+        f"weights: taken from 'state_dict' of the checkpoint, which has others under '{name}' (?entry={name})",
     )
     assert_same(fresh, trained)
+    load_weights(fresh, tmp_path / "w.pt", entry=name)
+    assert_same(fresh, average)
 
 
 def test_another_whole_model_in_a_checkpoint_is_said(tmp_path: Path) -> None:
     torch.save({"model": nn.Linear(2, 2), "ema": nn.Linear(2, 2), "epoch": 3}, tmp_path / "w.pt")
     assert load_source(str(tmp_path / "w.pt")).notes == (
-        "the model was taken from 'model' of the checkpoint, which has others under 'ema'",
+        "the model was taken from 'model' of the checkpoint, which has others under 'ema' (?entry=ema)",
     )
+
+
+def test_an_entry_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("nets.py").write_text("from torch import nn\ndef make(entry=2):\n    return nn.Linear(2, entry)\n")
+    trained, average = nn.Linear(2, 2), nn.Linear(2, 2)
+    torch.save({"model": trained, "callbacks": {"best": average, 3: average.state_dict()}}, "w.pt")
+    assert_same(load_source("w.pt").module, trained)
+    assert_same(load_source("w.pt?entry=callbacks/best").module, average)
+    assert_same(load_source("nets.py:make@w.pt?entry=callbacks/3").module, average)
+    assert_same(load_source("nets.py:make?entry=2@w.pt?entry=callbacks/3").module, average)
+    assert load_source("nets.py:make?entry=5").module.out_features == 5  # the function's own
+    torch.save(average.state_dict(), "x.pt?entry=ema")
+    assert_same(load_source("nets.py:make@x.pt?entry=ema").module, average)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message", "hint"),
+    [
+        ("w.pt?entry=modal", "`w.pt` has no entry 'modal'.", "Nearest: model."),
+        ("w.pt?entry=zzz", "`w.pt` has no entry 'zzz'.", "Choose from: averages, model, number."),
+        ("w.pt?entry=number/a", "`w.pt` has no entry 'number/a'.", "It holds no entries: name the file alone."),
+        ("w.pt?entry=number", "`w.pt` holds neither a module nor a state dict under 'number'.", "Save the model whole"),
+        (
+            "w.pt?entry=averages",
+            "`w.pt?entry=averages` is a state dict of 2 tensors",
+            "models.py:make_model@w.pt?entry=averages.",
+        ),
+        ("w.pt?entry=", "names no entry", "w.pt?entry=ema"),
+        (
+            "nets.py:make@w.pt?entry=model",
+            "`w.pt?entry=model` is a whole module, not a state dict.",
+            "w.pt?entry=model.",
+        ),
+        (
+            "nets.py:make@w.pt?entry=number",
+            "`w.pt?entry=number` holds a int, not a state dict.",
+            "Give a file of weights",
+        ),
+        ("nets.py:make@w.safetensors?entry=ema", "only files of torch.save have entries", "Name the file alone"),
+    ],
+)
+def test_an_entry_that_is_not_there(
+    spec: str, message: str, hint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("nets.py").write_text("from torch import nn\ndef make():\n    return nn.Linear(2, 2)\n")
+    torch.save({"model": nn.Linear(2, 2), "averages": nn.Linear(2, 2).state_dict(), "number": 3}, "w.pt")
+    save_model(nn.Linear(2, 2), "w.safetensors")
+    with pytest.raises(ConfigError, match=re.escape(message)) as raised:
+        load_source(spec)
+    assert hint in raised.value.hint
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.complex64])

@@ -40,6 +40,6 @@ class Bounded(TorchDispatchMode):
                 f"{self._where} describes a model with many more elements than its weights have ({self._elements:,}).",
                 where=self._where,
                 expected=f"about {self._elements:,} numbers",
-                hint="The run directory is damaged, or was not written by a run.",
+                hint="It is damaged, or does not belong to the weights.",
             )
         return func(*args, **(kwargs or {}))
