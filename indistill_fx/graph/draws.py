@@ -62,7 +62,7 @@ class TensorDraws(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Torch calls this instead of each of its operations."""
         kwargs = kwargs or {}
-        draws = _draws(func)
+        draws = _draws(func, args, kwargs)
         if draws:
             self.drawing()
         with torch._C.DisableTorchFunction():  # what no function mode has seen from outside, none shall see from here
@@ -90,8 +90,16 @@ class TensorDraws(TorchDispatchMode):
         self._of_drawn_size |= _storages(value)
 
 
-def _draws(func: Any) -> bool:
-    return torch.Tag.nondeterministic_seeded in getattr(func, "tags", ()) or _name(func) in _UNTAGGED
+def _draws(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether an operation draws. Attention, layers and dropout that may drop, but not in this call, do not."""
+    if torch.Tag.nondeterministic_seeded not in getattr(func, "tags", ()):
+        return _name(func) in _UNTAGGED
+    expected = func._schema.arguments
+    given = {argument.name: argument.default_value for argument in expected}
+    given |= dict(zip((argument.name for argument in expected), args, strict=False)) | kwargs
+    trains = given.get("train", given.get("training"))
+    dropped = given.get("dropout_p", given.get("dropout", given.get("p") if "train" in given else None))
+    return trains is not False and dropped != 0
 
 
 def _name(func: Any) -> str:

@@ -215,6 +215,21 @@ def test_another_thread_that_draws_meanwhile_changes_nothing(
     assert traced.report.leaves == WHOLE and outcomes(traced.graph_module) == 8
 
 
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_attention_draws_only_where_it_drops(share: float) -> None:
+    """Torch tags it as an operation that may draw; what is decided by its result is decided by the data."""
+
+    class Attends(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            tokens = x.flatten(2)
+            tokens = nn.functional.scaled_dot_product_attention(tokens, tokens, tokens, dropout_p=share)
+            return (tokens if tokens.sum() > 1e9 else tokens * 2).unflatten(2, x.shape[2:])
+
+    report = trace(Net(lambda _: Attends()), X).report
+    assert report.leaves == WHOLE
+    assert any("draws anew" in note for note in report.notes) is (share > 0)
+
+
 def test_a_layer_that_draws_by_a_generator_of_torch_is_left_out_anew() -> None:
     """No graph can hold the generator."""
     module = net(lambda part: torch.rand((), generator=part.torch_generator) < 0.5)

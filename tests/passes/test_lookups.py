@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from indistill_fx.passes.capture.trace import trace
-from indistill_fx.passes.channels import keys
+from indistill_fx.passes.channels import keys, lookups
+from indistill_fx.passes.channels.call import read_call
 from indistill_fx.passes.pruning.shrink import shrink
 from tests.passes.test_more_networks import WIDTH, Maps, Way, halved, narrowed, traced
 
@@ -67,6 +70,16 @@ GOES: dict[str, Callable[[], nn.Module]] = {
     "places of space, two axes": lambda: Places(lambda m, x: x[:, :, m.at, m.at][..., None], at=torch.arange(8)),
     "places of space, a grid": lambda: Places(lambda m, x: x[:, :, m.at[:, None], m.at], at=torch.arange(8)),
     "places apart": lambda: Places(lambda m, x: x[m.at[:1], :, m.at[:1]][:, :, None] + x, at=torch.arange(8)),
+    "places behind a number": lambda: Places(
+        lambda m, x: x[:1, :, 3:4][0][None, :, 0, m.at][..., None] + x, at=torch.arange(16)
+    ),
+    "places apart, a number between": lambda: Places(lambda m, x: x[0, :, x.mean((0, 1)).argmax(0)][None] + x),
+    "a new axis before the places": lambda: Places(
+        lambda m, x: x.movedim(1, -1).flatten(0, 2)[None, x.mean(1).flatten().argsort()].mean(1)[..., None, None] + x
+    ),
+    "a new axis behind the places": lambda: Places(
+        lambda m, x: x.movedim(1, -1).flatten(0, 2)[x.mean(1).flatten().argsort(), None].mean((0, 1))[:, None, None] + x
+    ),
     "places of a mask": lambda: Places(
         lambda m, x: x.movedim(1, -1)[x.mean(1) > -9.0].reshape(x.shape[0], 16, 16, WIDTH).movedim(-1, 1)
     ),
@@ -192,3 +205,44 @@ def test_the_comparison_sees_places_that_are_wrong(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(keys, "_places", lambda *given: tuple(sorted(right(*given) or ())))
     with pytest.raises(Exception, match="off by"):
         shrink(traced(lambda: Maps(GOES["buffer"]()))[0], ratio=0.5)
+
+
+SIZES = (5, 7, 11)
+PLACES = {
+    "single": torch.tensor(1),
+    "places": torch.tensor([1, 0, 3]),
+    "grid": torch.tensor([[1, 0, 3], [2, 2, 4]]),
+    "mask": torch.arange(5) > 1,
+    "mask of two": torch.arange(35).view(5, 7) > 31,
+}
+PLAIN = {":": slice(None), "1:": slice(1, None), "None": None, "0": 0, "...": ...}
+
+
+@given(st.lists(st.sampled_from([*PLACES, *PLAIN]), min_size=1, max_size=5).filter(lambda key: key.count("...") < 2))
+@settings(max_examples=400, deadline=None)
+def test_where_the_axes_of_a_lookup_come_from(entries: list[str]) -> None:
+    """Against torch, on tensors whose entries are their own places along one axis."""
+    coordinates = [
+        torch.arange(size).view([-1 if k == axis else 1 for k in range(3)]).expand(SIZES)
+        for axis, size in enumerate(SIZES)
+    ]
+    try:
+        results = [places[tuple({**PLACES, **PLAIN}[entry] for entry in entries)] for places in coordinates]
+    except IndexError:  # too many entries, or masks and places of sizes that do not go together
+        return
+    graph = fx.Graph()
+    nodes = {name: graph.placeholder(name.replace(" ", "_")) for name in ("x", *PLACES)}
+    node = graph.call_function(operator.getitem, (nodes["x"], tuple({**nodes, **PLAIN}[entry] for entry in entries)))
+    held = {"x": coordinates[0], **PLACES}
+    facts = {
+        nodes[name].name: SimpleNamespace(shape=tuple(value.shape), dtype=value.dtype) for name, value in held.items()
+    }
+    axes = lookups._axes_of_lookup(read_call(node, facts))  # type: ignore[arg-type]
+    assert axes is not None and len(axes) == results[0].dim()
+    for place, (axis, whole) in enumerate(axes):
+        if axis is None:
+            assert results[0].shape[place] == 1 if whole else True
+            continue
+        found = results[axis].movedim(place, -1)
+        expected = torch.arange(SIZES[axis])[0 if whole else 1 :]
+        assert torch.equal(found, expected.expand(found.shape))

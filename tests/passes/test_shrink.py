@@ -353,7 +353,11 @@ CONFLICTS: list[tuple[Callable[[], nn.Module], dict[str, Any], str]] = [
     (GRAPHS["chain"], {"widths": {"head": 3}}, "none of its 5 channels can be removed: an output of the network"),
     (GRAPHS["grouped"], {"widths": {"parts.0": 6}}, "only 4 at a time can be removed"),
     (GRAPHS["called twice"], {"widths": {"stem": 4, "parts.0": 8}}, "tied to"),
-    (GRAPHS["chain"], {"macs": 1e-6}, "cannot be made as small as"),
+    (
+        GRAPHS["chain"],
+        {"macs": 0.01},
+        "cannot be made smaller than 7,552 MACs, but the budget is 604 MACs: every layer keeps at least 10%",
+    ),
 ]
 
 
@@ -365,6 +369,13 @@ def test_refuses(make: Callable[[], nn.Module], wish: dict[str, Any], message: s
         shrink(trace(net, torch.randn(2, 3, 8, 8)), **wish)
     assert message in str(caught.value)
     assert digest(net) == before
+
+
+def test_the_smallest_that_is_told_is_reached() -> None:
+    model = trace(GRAPHS["chain"](), torch.randn(2, 3, 8, 8))
+    assert shrink(model, macs=7552).value.macs == 7552
+    with pytest.raises(PruneError, match="cannot be made smaller than 7,552 MACs"):
+        shrink(model, macs=7551)
 
 
 @pytest.mark.parametrize("criterion", [*WEIGHTS, "bn_scale", "activation", "taylor"])

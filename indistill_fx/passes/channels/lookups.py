@@ -22,7 +22,7 @@ def looked_up(call: Call, cut: Cut) -> Propagation | Blocked:
         return Blocked("a table looked up, with merged axes")
     axis, whole = axes[cut.start]
     if axis is None:
-        return Blocked("it is looked up along the selected axis")
+        return Blocked("the selected axis is new here" if whole else "it is looked up along the selected axis")
     if not whole:
         return Blocked("the selected axis is sliced")
     below = Cut(call.input, axis, axis + 1, cut.index)
@@ -30,24 +30,35 @@ def looked_up(call: Call, cut: Cut) -> Propagation | Blocked:
 
 
 def _axes_of_lookup(call: Call) -> list[tuple[int | None, bool]] | None:
-    """For every axis of the result, the axis of the tensor it was and whether it was taken whole; None for the axes of the places.
+    """For every axis of the result, the axis of the tensor it was and whether it was taken whole.
 
-    These stand where the first of adjacent entries stood, and in front if the entries stand apart.
+    Axes of the places are (None, False), new ones (None, True). The places stand where the first of adjacent tensors stood, and in front if
+    the tensors stand apart. Numbers take their axis away first, as torch does it and numpy does not.
     """
     shape, given = call.shape(call.input), call.get("key", call.get("index"))
     entries = given if isinstance(given, tuple) else (given,)
     entries = tuple(entry for entry in entries for _ in range(_axes_of_mask(call, entry) or 1))
     key = full_key(entries, len(shape)) if shape is not None else None
-    if key is None or None in key:
+    if key is None:
         return None
-    at = [k for k, entry in enumerate(key) if not isinstance(entry, slice)]
-    ranks = [_rank(call, key[k]) for k in at]
-    known = [rank for rank in ranks if rank is not None]
-    if not known or len(known) < len(ranks):
-        return None
-    first = at[0] if at == list(range(at[0], at[-1] + 1)) else 0
-    axes = [(k, entry == slice(None)) for k, entry in enumerate(key) if isinstance(entry, slice)]
-    return [*axes[:first], *[(None, False)] * max(known), *axes[first:]]
+    axes: list[tuple[int | None, bool]] = []
+    tensors, ranks, axis = list[int](), list[int](), 0
+    for entry in key:
+        if entry is None:
+            axes.append((None, True))
+            continue
+        rank = 0 if isinstance(entry, slice) else _rank(call, entry)
+        if rank is None:
+            return None
+        if isinstance(entry, slice):
+            axes.append((axis, entry == slice(None)))
+        elif rank:
+            tensors.append(len(axes) + len(tensors))
+            ranks.append(rank)
+        axis += 1
+    apart = tensors != list(range(tensors[0], tensors[0] + len(tensors))) if tensors else False
+    first = tensors[0] if tensors and not apart else 0
+    return [*axes[:first], *[(None, False)] * max(ranks, default=0), *axes[first:]]
 
 
 def _axes_of_mask(call: Call, entry: Any) -> int | None:

@@ -119,6 +119,7 @@ def by_budget(
     found: Coupling,
     stay: Mask,
     fits: Callable[[Mask], bool],
+    size: Callable[[Mask], str],
     round_to: int | None,
     settled: Mask,
     wanted: str,
@@ -145,8 +146,11 @@ def by_budget(
         if not classes.groups:
             raise nothing_free(found, classes)
         raise PruneError(
-            f"The network cannot be made as small as {wanted}: every layer keeps at least a tenth of its channels, outputs all.",
+            f"The network cannot be made smaller than {size(best(0))}, but the budget is {wanted}: every layer keeps at least "
+            f"{FLOOR:.0%} of its channels, and outputs keep all of theirs.{why_frozen(found, classes)}",
             where="budget",
+            got=wanted,
+            expected=size(best(0)),
             hint="Give a larger budget, or name widths.",
         )
     low, high = 0, len(order)

@@ -243,16 +243,20 @@ def _within_budget(
     all_classes = np.ones(len(stay), dtype=bool)
     most_macs = None if macs is None else macs * cost.macs(all_classes) if macs <= 1 else macs
     most_params = None if params is None else params * cost.params(all_classes) if params <= 1 else params
-    wanted = " and ".join(
-        f"{most:,.0f} {name}" for most, name in ((most_macs, "MACs"), (most_params, "parameters")) if most is not None
-    )
+    counted = [
+        (most, count, name)
+        for most, count, name in ((most_macs, cost.macs, "MACs"), (most_params, cost.params, "parameters"))
+        if most is not None
+    ]
+
+    def size(mask: Mask) -> str:
+        return " and ".join(f"{count(mask):,.0f} {name}" for _, count, name in counted)
 
     def fits(mask: Mask) -> bool:
-        return (most_macs is None or cost.macs(mask) <= most_macs) and (
-            most_params is None or cost.params(mask) <= most_params
-        )
+        return all(count(mask) <= most for most, count, _ in counted)
 
-    return by_budget(classes, cost.found, stay, fits, round_to, settled, wanted)
+    wanted = " and ".join(f"{most:,.0f} {name}" for most, _, name in counted)
+    return by_budget(classes, cost.found, stay, fits, size, round_to, settled, wanted)
 
 
 def _smaller(model: TracedModel, work: Rewriting, macs: Mapping[str, int]) -> TracedModel:
