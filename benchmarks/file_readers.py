@@ -190,7 +190,7 @@ def run_files() -> Readers:
     }  # fmt: skip
     told = json.loads((GOLDEN / "run" / "run.json").read_text()) | {"about": about}
     told |= {"phases": [{"name": "pairs", "length": 3, "unit": "epochs", "main": False}]}
-    numbers = {"path": "a.onnx", "size": 100, "macs": 5, "latency_ms": 0.5, "int8_size": 40, "int8_accuracy": 0.9}
+    numbers = {"path": "a.onnx", "size": 100, "macs": 5, "latency_ms": 0.5, "int8_size": 40, "int8_value": 0.9}
     lines = (GOLDEN / "run" / "metrics.jsonl").read_bytes()
     return {
         "run.json": (run, lambda: [json.dumps(told).encode()]),

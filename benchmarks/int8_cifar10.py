@@ -65,7 +65,7 @@ def main() -> None:
                     path, out, evaluation=test, calibration=calibration, calibrate=calibrate, max_drop=1.0
                 )
                 record[name][calibrate] = {
-                    "fp32": int8.accuracy_fp32, "int8": int8.accuracy_int8, "drop": int8.drop,
+                    "fp32": int8.metric_fp32, "int8": int8.metric_int8, "drop": int8.drop,
                     "size_fp32": int8.size_fp32, "size_int8": int8.size_int8,
                 }  # fmt: skip
             contestants |= {

@@ -97,7 +97,7 @@ def main() -> None:
                     run_dir=folder, progress=False, example_inputs=EXAMPLE,
                 )  # fmt: skip
                 after = int8_of(student, data, Path(folder))
-            row[name] = {"float": before.accuracy_fp32, "int8": before.accuracy_int8, "qat": after.accuracy_int8}
+            row[name] = {"float": before.metric_fp32, "int8": before.metric_int8, "qat": after.metric_int8}
         rows.append(row)
         print(json.dumps(row), flush=True)
     for name in ("as trained", "channels spread"):

@@ -51,7 +51,8 @@ if TYPE_CHECKING:
     default=1.0,
     show_default=True,
     type=float,
-    help="With --int8: largest loss of accuracy allowed, in points; if it is larger, no int8 file is written.",
+    help="With --int8: largest loss of accuracy allowed, or of another share such as mIoU, in points; of other metrics, such as "
+    "perplexity, the largest change for the worse, in percent. If it is larger, no int8 file is written.",
 )
 @click.option(
     "--preprocess",
@@ -102,7 +103,7 @@ def command(
     source = common.open_model(model, trust)
     more: dict[str, Any] = {"batch_size": 256, "augment": False}
     opened = pictures.open_pictures(data, options, source, limit=samples, **more) if data else None
-    _require_accuracy(task := common.task_of_data(options, source, opened), int8)
+    task = common.task_of_data(options, source, opened)
     normalisation = (opened.normalisation if opened else None) or source.normalisation
     if options["preprocess"] and normalisation is None:
         raise ConfigError(
@@ -133,13 +134,13 @@ def command(
     quantized = None
     if int8 and opened is not None and data is not None:
         full_data = pictures.open_pictures(data, options, source, told=False, **more)
-        quantized = _quantize(Path(output), opened, full_data, samples, options, report.logits)
+        quantized = _quantize(Path(output), opened, full_data, samples, options, report.logits, task)
         if kept:
-            failed = keep_export(model, int8_size=quantized.size_int8, int8_accuracy=quantized.accuracy_int8)
+            failed = keep_export(model, int8_size=quantized.size_int8, int8_value=quantized.metric_int8)
     if as_json:
         _print_json(report, quantized)
     elif quantized is not None:
-        _tell_int8(quantized, classes)
+        _tell_int8(quantized, classes, task)
     if failed:
         common.say(failed)
 
@@ -158,24 +159,18 @@ def _require_possible(output: str, data: str | None, int8: bool, task: str | Non
         raise ConfigError("--task says what labels mean, but there are no labels.", where="--task", hint=hint)
 
 
-def _require_accuracy(task: Task | None, int8: bool) -> None:
-    from indistill_fx.errors import ConfigError
-
-    if int8 and task is not None and task.name != "classification":
-        raise ConfigError(
-            f"--int8 is accepted or rejected by its accuracy, but the task {task.name!r} has none.",
-            where="--int8",
-            got=task.name,
-            hint="Leave it out: the float file is compared by what the task reads of it.",
-        )
-
-
 def _names(text: str | None) -> list[str] | None:
     return [name.strip() for name in text.split(",")] if text else None
 
 
 def _quantize(
-    source: Path, opened: Data, full_data: Data, samples: int, options: dict[str, Any], logits: str | int | None
+    source: Path,
+    opened: Data,
+    full_data: Data,
+    samples: int,
+    options: dict[str, Any],
+    logits: str | int | None,
+    task: Task | None,
 ) -> QuantizeReport:
     from indistill_fx.deploy.quantize import quantize_onnx
 
@@ -189,6 +184,7 @@ def _quantize(
         calibrate=options["calibrate"],
         max_drop=options["max_drop"] / 100,
         logits=logits,
+        task=task,
     )
 
 
@@ -242,21 +238,25 @@ def _tell(report: ExportReport, classes: tuple[str, ...], names: str, task: Task
         out.print(f"  {note}")
 
 
-def _tell_int8(report: QuantizeReport, classes: tuple[str, ...]) -> None:
-    from indistill_fx.report.numbers import size
+def _tell_int8(report: QuantizeReport, classes: tuple[str, ...], task: Task | None) -> None:
+    from indistill_fx.deploy.parity import RealParity
+    from indistill_fx.report.numbers import measured, size
 
     times = report.size_fp32 / report.size_int8
     change = f"{times:.1f}x smaller" if times >= 1 else f"{1 / times:.1f}x larger"
-    accuracies = f"{100 * report.accuracy_fp32:.2f}% in fp32, {100 * report.accuracy_int8:.2f}% in int8"
+    before, after = (measured(value, share=report.share) for value in (report.metric_fp32, report.metric_int8))
     ranges = (
         f"{report.calibration} over {report.calibration_rows} samples" if report.calibration else "scaled at run time"
     )
     out = common.console()
     out.print(f"{report.path}: int8, {report.method} ({ranges}), {size(report.size_int8)} ({change})")
-    out.print(f"  accuracy {accuracies} on {report.evaluation_rows:,} samples")
+    name = report.metric.replace("_", " ")
+    out.print(f"  {name} {before} in fp32, {after} in int8 on {report.evaluation_rows:,} samples")
+    if report.agreement is not None and not report.per_class:
+        out.print(f"  {common.agreement(RealParity(report.evaluation_rows, (), report.agreement, {}), task)}")
     for kind, count in report.in_float.items():
         other = "; with --dynamic, in int8" if kind == "LSTM" and report.method == "static" else ""
         out.print(f"  {count} {kind} layer{'s' * (count != 1)}: computed in float{other}")
-    drop, label = max((before - after, label) for label, (before, after) in report.per_class.items())
+    drop, label = max(((one - other, label) for label, (one, other) in report.per_class.items()), default=(0.0, 0))
     if drop > 0:
         out.print(f"  most lost: {100 * drop:.2f} points of class {_class_name(classes, label)}")

@@ -1,4 +1,4 @@
-"""Quantise an exported file to int8, and keep it only if its accuracy holds."""
+"""Quantise an exported file to int8, and keep it only if it stays as good."""
 
 from __future__ import annotations
 
@@ -8,21 +8,17 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from indistill_fx.deploy.nested_inputs import in_batch
-from indistill_fx.deploy.onnx_session import Array, feed, file_size, graph_of, open_session
-from indistill_fx.deploy.parity import logits_of
+from indistill_fx.deploy.judge import Batch, Judgement, judge, pieces
+from indistill_fx.deploy.onnx_session import Array, file_size, graph_of, open_session
 from indistill_fx.errors import ConfigError, ExportError, nearest
+from indistill_fx.losses.task import Task
 from indistill_fx.system.files import staged
 from indistill_fx.system.shortage import instead_of_any
 from indistill_fx.version import __version__
@@ -31,13 +27,10 @@ if TYPE_CHECKING:
     import onnx
     import onnxruntime
 
-
-Batch: TypeAlias = Tensor | Sequence[Any]
 Method: TypeAlias = Literal["static", "dynamic", "auto"]
 _METHODS = ("static", "dynamic", "auto")
 _CALIBRATIONS = {"minmax": "MinMax", "entropy": "Entropy", "percentile": "Percentile"}
 _CALIBRATION_ROWS = 16
-_NO_CLASS = -100  # the label of samples that do not count, as torch's cross-entropy has it
 _BESIDE = 1_500_000_000  # from this many bytes on, weights go to a second file; one protobuf file ends at 2 GB
 
 
@@ -50,11 +43,15 @@ class QuantizeReport:
         method: static (weights and activations, by calibration) or dynamic (activations scaled at run time).
         calibration: how activation ranges were chosen; None if dynamic.
         calibration_rows: samples seen by the calibration.
-        evaluation_rows: samples the accuracies are measured on.
-        accuracy_fp32: share of right classes of the float file.
-        accuracy_int8: share of right classes of the int8 file.
-        agreement: share of samples both files give the same class.
-        per_class: per class of the labels, the accuracies of the float file and of the int8 file.
+        evaluation_rows: samples the metric is measured on.
+        metric: name of the task's metric that decides: `accuracy`, `mean_iou`, `perplexity`, …
+        share: whether it is a share, written in per cent.
+        metric_fp32: of the float file.
+        metric_int8: of the int8 file.
+        drop: what int8 loses, below 0 if it is better: of a share such as accuracy the difference, of other metrics the change as a
+            share of the float file's.
+        agreement: share of decisions (classes of samples or pixels, words, labels) that are the same; None if outputs are values.
+        per_class: of a classifier, per class of the labels, the accuracies of the float file and of the int8 file.
         size_fp32: bytes.
         size_int8: bytes.
         in_float: recurrent layers that the int8 file computes in float, by kind, with their number.
@@ -65,18 +62,16 @@ class QuantizeReport:
     calibration: str | None
     calibration_rows: int
     evaluation_rows: int
-    accuracy_fp32: float
-    accuracy_int8: float
-    agreement: float
+    metric: str
+    share: bool
+    metric_fp32: float
+    metric_int8: float
+    drop: float
+    agreement: float | None
     per_class: Mapping[int, tuple[float, float]]
     size_fp32: int
     size_int8: int
     in_float: Mapping[str, int]
-
-    @property
-    def drop(self) -> float:
-        """Accuracy lost; negative if int8 is better."""
-        return self.accuracy_fp32 - self.accuracy_int8
 
 
 def quantize_onnx(
@@ -91,8 +86,9 @@ def quantize_onnx(
     reduce_range: bool = True,
     max_drop: float = 0.01,
     logits: str | int | None = None,
+    task: str | Task | None = None,
 ) -> QuantizeReport:
-    """Write an int8 version of a float ONNX classifier if it loses no more than `max_drop` of accuracy.
+    """Write an int8 version of a float ONNX file if by its task's metric it loses no more than `max_drop`.
 
     Static quantisation puts QuantizeLinear/DequantizeLinear pairs around the operations (QDQ) and needs real data to
     choose the ranges; use it for convolutional networks. Dynamic quantisation needs none; use it for transformers.
@@ -100,23 +96,24 @@ def quantize_onnx(
     Args:
         path: the float file.
         out: the file to write; an existing one is kept if the new one is not good enough.
-        evaluation: batches (inputs…, labels) for the accuracies; read once per file, so an iterator is not enough.
+        evaluation: batches (inputs…, labels) to measure on; read once per file, so an iterator is not enough.
         calibration: batches of inputs, perhaps with labels; needed for `static`.
         method: `static`, `dynamic`, or `auto`: dynamic if the file has attention, else static.
         calibrate: how the range of an activation is chosen from the calibration data.
         per_channel: one scale per output channel of a weight.
         reduce_range: weights use 7 of their 8 bits. x86 processors without VNNI add up products of 8 bits in 16 bits, which can
             overflow; a file made this way gives the same classes on all of them.
-        max_drop: the largest loss of accuracy accepted, as a share: 0.01 is one point.
+        max_drop: the largest loss accepted: 0.01 is one point of accuracy, or 1% more perplexity (see `QuantizeReport.drop`).
         logits: name or index of the output that holds the logits; None: the one called `logits` or `out`, or the only one of shape
-            (N, classes).
+            (N, classes), or the only one.
+        task: what labels mean, as in `evaluate`; None: inferred from the first batch.
 
     Returns:
-        Accuracies (shares, 0 to 1) and sizes (bytes) of both files.
+        The metric's values and the sizes (bytes) of both files.
 
     Raises:
-        ConfigError: an option is at fault, data are missing, or the file is unreadable or already quantised.
-        ExportError: onnxruntime cannot quantise it, or the accuracy falls too far; no file is left.
+        ConfigError: an option is at fault, data are missing or do not fit the task, or the file is unreadable or already quantised.
+        ExportError: onnxruntime cannot quantise it, or the metric gets too much worse; no file is left.
 
     Examples:
         >>> import tempfile
@@ -139,7 +136,7 @@ def quantize_onnx(
         method = "dynamic" if attention else "static"
     beside = file_size(source) > _BESIDE
     weights = {"per_channel": per_channel, "reduce_range": reduce_range, "use_external_data_format": beside}
-    labels, before = _classify(session, evaluation, logits)
+    before = judge(session, evaluation, task=task, logits=logits)
     rows = 0
     with staged(target) as draft, _quiet():
         prepared = draft.with_name("prepared.onnx")
@@ -156,29 +153,28 @@ def quantize_onnx(
         for part in draft.parent.glob("prepared*"):
             part.unlink()
         in_float = _left_in_float(draft, target, method)
-        _, after = _classify(open_session(draft), evaluation, logits)
+        after = judge(open_session(draft), evaluation, task=before.task, logits=logits)
         report = QuantizeReport(
-            target, method, calibrate if method == "static" else None, rows, len(labels),
-            float((before == labels).mean()), float((after == labels).mean()), float((before == after).mean()),
-            _per_class(labels, before, after), file_size(source), 0, in_float,
+            target, method, calibrate if method == "static" else None, rows, before.count,
+            before.metric.name, before.metric.share, before.value, after.value, before.loss(after.value), before.agreement(after),
+            before.per_class(after), file_size(source), 0, in_float,
         )  # fmt: skip
-        if report.drop > max_drop:
-            raise ExportError(
-                f"`{target}` was not written: int8 has {report.accuracy_int8:.2%} accuracy on {len(labels)} samples, "
-                f"fp32 {report.accuracy_fp32:.2%}; the drop of {report.drop:.2%} is more than {max_drop:.2%}.",
-                where=str(target), got=report.drop, expected=max_drop,
-                hint="Try more calibration data, another `calibrate` (entropy, percentile), or train for int8: `distill … --qat 3`.",
-            )  # fmt: skip
+        if not report.drop <= max_drop:  # also where it is not a number
+            raise _too_bad(before, after, report, max_drop)
         _write_down(draft, report)
         report = replace(report, size_int8=file_size(draft))
     return report
 
 
-def _per_class(labels: Array, before: Array, after: Array) -> dict[int, tuple[float, float]]:
-    rows = {int(label): labels == label for label in np.unique(labels)}
-    return {
-        label: (float((before[at] == label).mean()), float((after[at] == label).mean())) for label, at in rows.items()
-    }
+def _too_bad(before: Judgement, after: Judgement, report: QuantizeReport, max_drop: float) -> ExportError:
+    text, name = before.metric.text, before.metric.title
+    change = "the drop" if before.metric.higher_is_better else "the rise"
+    return ExportError(
+        f"`{report.path}` was not written: int8 has {text(after.value)} {name} on {before.count} samples, "
+        f"fp32 {text(before.value)}; {change} of {report.drop:.2%} is more than {max_drop:.2%}.",
+        where=str(report.path), got=report.drop, expected=max_drop,
+        hint="Try more calibration data, another `calibrate` (entropy, percentile), or train for int8: `distill … --qat 3`.",
+    )  # fmt: skip
 
 
 def _require(condition: bool, message: str, where: str, hint: str = "") -> None:
@@ -197,77 +193,15 @@ def _open_float(source: Path) -> tuple[onnxruntime.InferenceSession, bool]:
 
 
 def _has_attention(model: onnx.ModelProto) -> bool:
-    """Whether there is a softmax followed by a matrix product, or a fused attention operation."""
-    weighed = {name for node in model.graph.node if node.op_type == "MatMul" for name in node.input}
-    return any(
-        node.op_type == "Attention" or (node.op_type == "Softmax" and node.output[0] in weighed)
-        for node in model.graph.node
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class _Piece:
-    """Some rows of a batch as the file takes them. A fixed batch is padded by repeating rows; `rows` counts the real ones."""
-
-    arrays: dict[str, Array]
-    rows: int
-    labels: Array | None
-
-
-def _pieces(
-    session: onnxruntime.InferenceSession, batches: Iterable[Batch], *, most: int | None = None
-) -> Iterator[_Piece]:
-    """Batches split to the file's batch size if it is fixed, otherwise to at most `most` rows."""
-    inputs = session.get_inputs()
-    names = [entry.name for entry in inputs]
-    fixed = inputs[0].shape[0] if isinstance(inputs[0].shape[0], int) else None
-    for batch in batches:
-        values, given = in_batch(batch, names, where="The file")
-        size = fixed or most or max(len(values[0]), 1)
-        for start in range(0, len(values[0]), size):
-            chosen = [value[start : start + size] for value in values]
-            rows = len(chosen[0])
-            if fixed and rows < fixed:
-                chosen = [value[torch.arange(fixed) % rows] for value in chosen]
-            labels = np.asarray(given[start : start + size]) if given is not None else None
-            yield _Piece(feed(session, chosen), rows, labels)
-
-
-def _classify(
-    session: onnxruntime.InferenceSession, batches: Iterable[Batch], logits: str | int | None
-) -> tuple[Array, Array]:
-    """The labels of the samples that have one (-100: none), and the classes that the file's logits predict."""
-    labels, classes = [], []
-    names = [entry.name for entry in session.get_outputs()]
-    for piece in _pieces(session, batches):
-        _require(piece.labels is not None, "Evaluation batches need labels: (inputs, labels).", "evaluation")
-        outputs = dict(zip(names, session.run(None, piece.arrays), strict=True))
-        name = logits_of(outputs, logits)
-        _require(
-            name is not None,
-            "The file has no accuracy: no output is called `logits`, nor is one alone of shape (N, classes)."
-            if logits is None
-            else f"The file has no accuracy: its output {logits!r} is not of shape (N, classes).",
-            "logits",
-            f"Say which output holds the logits: logits=… (--logits). The file has {', '.join(names)}.",
-        )
-        assert name is not None
-        known = piece.labels
-        assert known is not None
-        known = known[:, 0] if known.ndim == 2 and known.shape[1] == 1 else known
-        one_class_each = known.ndim == 1 and np.issubdtype(known.dtype, np.integer)
-        _require(
-            one_class_each,
-            "int8 files are judged by their accuracy, and these labels do not give one class per sample.",
-            "evaluation",
-        )
-        counted = known != _NO_CLASS
-        labels.append(known[counted])
-        classes.append(np.asarray(outputs[name]).argmax(1)[: piece.rows][counted])
-    _require(
-        any(map(len, labels)), "The evaluation data is empty, so the loss of accuracy cannot be measured.", "evaluation"
-    )
-    return np.concatenate(labels), np.concatenate(classes)
+    """Whether there is a matrix product with a softmax, perhaps masked on the way, or a fused attention operation."""
+    shares: set[str] = set()
+    for node in model.graph.node:
+        reads = not shares.isdisjoint(node.input)
+        if node.op_type == "Attention" or (node.op_type == "MatMul" and reads):
+            return True
+        if node.op_type == "Softmax" or (node.op_type in ("Where", "Cast", "Mul", "Dropout", "Identity") and reads):
+            shares.update(node.output)
+    return False
 
 
 class _Reader:
@@ -281,24 +215,24 @@ class _Reader:
 
     def __init__(self, session: onnxruntime.InferenceSession, batches: Iterable[Batch] | None, *, held: bool):
         self.rows = 0
-        pieces = _pieces(session, batches or (), most=_CALIBRATION_ROWS)
-        first = next(pieces, None)
+        given = pieces(session, batches or (), most=_CALIBRATION_ROWS)
+        first = next(given, None)
         _require(first is not None, "Static quantisation needs calibration data (real inputs).", "calibration")
         assert first is not None
-        stream = itertools.chain([first], pieces)
+        stream = itertools.chain([first], given)
         self._all = list(stream) if held else []
-        self._pieces = iter(self._all) if held else stream
+        self._given = iter(self._all) if held else stream
 
     def __len__(self) -> int:
         return len(self._all)
 
     def set_range(self, start_index: int, end_index: int) -> None:
         """Continue with the pieces of a range."""
-        self._pieces = iter(self._all[start_index:end_index])
+        self._given = iter(self._all[start_index:end_index])
 
     def get_next(self) -> dict[str, Array] | None:
         """The next piece."""
-        piece = next(self._pieces, None)
+        piece = next(self._given, None)
         if piece is None:
             return None
         self.rows += piece.rows
@@ -372,7 +306,7 @@ def _write_down(draft: Path, report: QuantizeReport) -> None:
 
     model = onnx.load(str(draft), load_external_data=False)
     metadata = {entry.key: entry.value for entry in model.metadata_props if not entry.key.startswith("onnx.")}
-    facts = ("method", "calibration", "calibration_rows", "evaluation_rows", "accuracy_fp32", "accuracy_int8")
+    facts = ("method", "calibration", "calibration_rows", "evaluation_rows", "metric", "metric_fp32", "metric_int8")
     metadata["int8"] = json.dumps({name: getattr(report, name) for name in facts})
     onnx.helper.set_model_props(model, metadata)
     model.producer_name, model.producer_version = "indistill-fx", __version__

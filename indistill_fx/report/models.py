@@ -15,7 +15,7 @@ COLUMNS = (
     "MACs",
     "Weights",
     "Latency",
-    "int8 accuracy",
+    "In int8",
     "int8 size",
     "Training",
 )
@@ -88,7 +88,7 @@ def _foreign(run: Run) -> ModelRow:
         numbers.short(facts.parameters if facts else None),
         numbers.short(facts.macs if facts else export.get("macs")),
         "–",
-        *_exported(export),
+        *_exported(export, share=run.metric.share),
         "–",
     )
     return ModelRow("teacher", "teacher", facts.name if facts else "", cells)
@@ -104,16 +104,16 @@ def _own(run: Run, runs: Sequence[Run]) -> ModelRow:
         numbers.short(facts.parameters if facts else run.parameters),
         numbers.short(macs),
         numbers.size(run.weights),
-        *_exported(run.export),
+        *_exported(run.export, share=run.metric.share),
         numbers.duration(run.seconds) if run.epochs else "–",
     )
     return ModelRow(run.name, role_of(run, runs), facts.name if facts else "", cells)
 
 
-def _exported(export: Mapping[str, float]) -> tuple[str, str, str]:
+def _exported(export: Mapping[str, float], *, share: bool) -> tuple[str, str, str]:
     latency = export.get("latency_ms")
     return (
         "–" if latency is None else f"{latency:.3g} ms",
-        numbers.percent(export.get("int8_accuracy")),
+        numbers.measured(export.get("int8_value"), share=share),
         numbers.size(export.get("int8_size")),
     )

@@ -104,7 +104,7 @@ class Run:
         parameters: numbers stored in it, statistics of norms included.
         student: the model it trained, as far as it is known.
         teacher: likewise.
-        export: numbers from export.json, where the run's export has left one: macs, latency_ms, int8_accuracy, int8_size.
+        export: numbers from export.json, where the run's export has left one: macs, latency_ms, int8_value, int8_size.
         teacher_export: likewise of its teacher, if that is a run that is still there.
         missing: what a reader should know is not there.
         compressed: how `compress` made the student, if it did.
@@ -335,7 +335,7 @@ def _export(folder: Path) -> dict[str, float]:
         export = mapped(read_json(folder / EXPORT, MOST_BYTES))
     except (OSError, ValueError, RecursionError):  # the teacher may not be a run directory
         return {}
-    names = ("macs", "latency_ms", "int8_accuracy", "int8_size")
+    names = ("macs", "latency_ms", "int8_value", "int8_size")
     return {name: value for name in names if (value := finite(export.get(name))) is not None}
 
 

@@ -89,7 +89,7 @@ def keep_export(run: str | os.PathLike[str], **measured: Any) -> str | None:
 
     Args:
         run: the directory.
-        measured: such as size, parameters, macs, latency_ms, int8_size, int8_accuracy. What is None is not known.
+        measured: such as size, parameters, macs, latency_ms, int8_size, int8_value. What is None is not known.
 
     Returns:
         Why it could not be written, or None.

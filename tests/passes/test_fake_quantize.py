@@ -130,7 +130,7 @@ def test_training_repairs_what_rounding_breaks(trained: Separable, data: Data, t
     assert before == pytest.approx(evaluate(trained, data.test).accuracy, abs=0.01)
     (tmp_path / "before").mkdir()
     broken = int8_of(net, data, tmp_path / "before")
-    assert broken.accuracy_int8 < before - 0.3
+    assert broken.metric_int8 < before - 0.3
     assert evaluate(watched(copy.deepcopy(net), data), data.test).accuracy < before - 0.3  # and it is foreseen
 
     teacher, statistics = copy.deepcopy(net), net.point[1].running_mean.clone()
@@ -141,7 +141,7 @@ def test_training_repairs_what_rounding_breaks(trained: Separable, data: Data, t
     assert torch.equal(net.point[1].running_mean, statistics)
     assert net.training is False  # as it was given
     (tmp_path / "after").mkdir()
-    assert int8_of(net, data, tmp_path / "after").accuracy_int8 > before - 0.08
+    assert int8_of(net, data, tmp_path / "after").metric_int8 > before - 0.08
 
 
 def test_what_the_user_has_put_into_eval_mode_stays_there(data: Data, tmp_path: Path) -> None:

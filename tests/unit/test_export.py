@@ -530,7 +530,7 @@ def test_the_classes_are_those_of_the_output_that_is_named(tmp_path, logits, nam
     small = ifx.quantize_onnx(
         path, tmp_path / "int8.onnx", evaluation=batches, calibration=batches, max_drop=1, logits=report.logits
     )
-    assert small.accuracy_fp32 == (judged == "fine")
+    assert small.metric_fp32 == (judged == "fine")
 
 
 def test_an_output_that_is_not_there_is_refused(tmp_path):

@@ -188,7 +188,7 @@ def test_an_int8_file_is_calibrated_from_such_batches(form: str, tmp_path: Path)
         report = ifx.quantize_onnx(
             file, tmp_path / f"{kind.__name__}8.onnx", calibration=loader, evaluation=loader, max_drop=100
         )
-        drops.append((report.accuracy_fp32, report.accuracy_int8, report.agreement))
+        drops.append((report.metric_fp32, report.metric_int8, report.agreement))
     assert drops[0] == drops[1]
 
 

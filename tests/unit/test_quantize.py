@@ -62,17 +62,17 @@ def test_static_int8_keeps_the_accuracy_and_is_smaller(digits, tmp_path, calibra
     )
     with torch.no_grad():
         right = sum(int((digits.module(x).argmax(1) == y).sum()) for x, y in digits.evaluation)
-    assert report.accuracy_fp32 == pytest.approx(right / 597) and report.accuracy_fp32 > 0.9
-    assert report.drop <= 0.01 and report.accuracy_int8 > 0.9 and report.agreement > 0.98
+    assert report.metric_fp32 == pytest.approx(right / 597) and report.metric_fp32 > 0.9
+    assert report.drop <= 0.01 and report.metric_int8 > 0.9 and report.agreement > 0.98
     assert (report.method, report.calibration) == ("static", calibrate)
     assert (report.calibration_rows, report.evaluation_rows) == (300, 597)
     assert report.size_int8 == out.stat().st_size < report.size_fp32 / 2
-    for files, side in ((report.accuracy_fp32, 0), (report.accuracy_int8, 1)):
+    for files, side in ((report.metric_fp32, 0), (report.metric_int8, 1)):
         rows = {c: sum(int((y == c).sum()) for _, y in digits.evaluation) for c in range(10)}
         assert sum(rows[c] * both[side] for c, both in report.per_class.items()) == pytest.approx(597 * files)
     metadata = {p.key: p.value for p in onnx.load(out).metadata_props}
     told = json.loads(metadata.pop("int8"))
-    assert told["method"] == "static" and told["accuracy_int8"] == report.accuracy_int8
+    assert told["method"] == "static" and told["metric_int8"] == report.metric_int8
     assert metadata == {p.key: p.value for p in onnx.load(digits.path).metadata_props}
     assert [p.name for p in tmp_path.iterdir()] == ["int8.onnx"]
     assert capfd.readouterr().out == "" and caplog.records == []
@@ -114,7 +114,7 @@ def test_dynamic_int8_of_a_transformer(tmp_path):
         tmp_path / "text.onnx", tmp_path / "int8.onnx", evaluation=[(ids, labels)], method="auto", max_drop=0.2
     )
     assert report.method == "dynamic"
-    assert report.accuracy_fp32 == 1.0 and report.accuracy_int8 > 0.8
+    assert report.metric_fp32 == 1.0 and report.metric_int8 > 0.8
     assert report.size_int8 < report.size_fp32
 
 
@@ -122,7 +122,7 @@ def test_preprocessing_stays_and_float_batches_become_pixels(digits, tmp_path):
     path = tmp_path / "pixels.onnx"
     export_onnx(digits.module, path, digits.example, preprocess=(MEAN, STD))
     report = quantize_onnx(path, tmp_path / "int8.onnx", evaluation=digits.evaluation, calibration=digits.calibration)
-    assert report.drop <= 0.01 and report.accuracy_fp32 > 0.9
+    assert report.drop <= 0.01 and report.metric_fp32 > 0.9
     graph = onnx.load(tmp_path / "int8.onnx").graph
     assert graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.UINT8
 
@@ -138,7 +138,7 @@ def test_a_fixed_batch_is_filled_up_and_convolutions_are_static(digits, tmp_path
     assert (report.method, report.calibration_rows, report.evaluation_rows) == ("static", 37, 597)
     with torch.no_grad():
         right = sum(int((digits.module(x).argmax(1) == y).sum()) for x, y in digits.evaluation)
-    assert report.accuracy_fp32 == pytest.approx(right / 597) and report.drop <= 0.01
+    assert report.metric_fp32 == pytest.approx(right / 597) and report.drop <= 0.01
 
 
 @pytest.mark.parametrize("method", ["static", "dynamic"])
@@ -155,7 +155,7 @@ def test_weights_of_a_large_model_stay_beside_the_file(tmp_path, monkeypatch, me
     )
     assert sorted(p.name for p in out.iterdir()) == ["int8.onnx", "int8.onnx.data"]
     assert report.size_int8 == sum(p.stat().st_size for p in out.iterdir()) < report.size_fp32 / 2
-    assert report.accuracy_int8 > 0.8
+    assert report.metric_int8 > 0.8
 
 
 def test_too_large_a_drop_leaves_no_file(digits, tmp_path):
@@ -233,8 +233,8 @@ def test_the_logits_are_judged_where_features_come_first(digits, tmp_path):
         quantize_onnx(file, tmp_path / "int8.onnx", calibration=digits.calibration, evaluation=digits.evaluation)
         for file in (digits.path, path)
     )
-    assert both.accuracy_fp32 == alone.accuracy_fp32 > 0.9
-    assert abs(both.accuracy_int8 - alone.accuracy_int8) < 0.01
+    assert both.metric_fp32 == alone.metric_fp32 > 0.9
+    assert abs(both.metric_int8 - alone.metric_int8) < 0.01
 
 
 def test_two_outputs_of_which_either_may_be_the_logits(digits, tmp_path):

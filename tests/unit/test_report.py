@@ -260,7 +260,7 @@ def test_no_run_at_all_is_an_error(tmp_path):
 
 def test_exported_numbers_are_in_the_table(tmp_path):
     leave_run(tmp_path / "run")
-    (tmp_path / "run" / "export.json").write_text('{"macs": 1.5e6, "latency_ms": 2.5, "int8_accuracy": 0.875}')
+    (tmp_path / "run" / "export.json").write_text('{"macs": 1.5e6, "latency_ms": 2.5, "int8_value": 0.875}')
     page = run_page(tmp_path / "run")
     assert "1.5 M" in page and "2.5 ms" in page and "87.50%" in page
 
