@@ -35,6 +35,8 @@ VIEWS = frozenset(
 """Operations whose result may share its storage with their first argument."""
 _BY_MODE = (nn.modules.dropout._DropoutNd, nn.RReLU)
 """Layers that compute something else in train mode."""
+_FRESH = frozenset("topk sort max min median nanmedian mode kthvalue cummax cummin".split())
+"""Operations that return new tensors, so that taking one of these is no view."""
 _PIECES = frozenset("chunk split unbind tensor_split split_with_sizes hsplit".split())
 _FUNCTIONAL = {
     operator.iadd: operator.add,
@@ -131,8 +133,14 @@ def _written(writer: fx.Node) -> fx.Node | None:
     return first if isinstance(first, fx.Node) else None
 
 
+def _is_view(node: fx.Node) -> bool:
+    if op_name(node) not in VIEWS or not node.all_input_nodes:
+        return False
+    return node.target is not operator.getitem or op_name(node.all_input_nodes[0]) not in _FRESH
+
+
 def _source(view: fx.Node) -> fx.Node | None:
-    return view.all_input_nodes[0] if op_name(view) in VIEWS and view.all_input_nodes else None
+    return view.all_input_nodes[0] if _is_view(view) else None
 
 
 def base_of(node: fx.Node) -> fx.Node:
@@ -183,7 +191,7 @@ def _views_of(node: fx.Node, pieces: dict[fx.Node, fx.Node]) -> Iterator[fx.Node
     if node in pieces:
         yield pieces[node]
     else:
-        yield from (user for user in node.users if op_name(user) in VIEWS)
+        yield from (user for user in node.users if _is_view(user))
 
 
 def _make_functional(writer: fx.Node, graph_module: fx.GraphModule, copies: dict[str, str]) -> None:

@@ -8,6 +8,7 @@ Rules, in order:
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -80,9 +81,42 @@ def _count_attention(query: Any, key: Any, value: Any, *args: Any, out_val: Any 
     return int(sdpa_flop_count(query.shape, key.shape, value.shape))
 
 
+def _count_vectors(matrix: Any, *args: Any, **kwargs: Any) -> int:
+    return 2 * int(matrix.numel())
+
+
+def _count_groups(rows: Any, weight: Any, *args: Any, **kwargs: Any) -> int:
+    """Every row is multiplied by one of the matrices, or every column of the weight by one of those of `rows`."""
+    if weight.dim() < rows.dim():
+        return 2 * int(weight.numel() * rows.shape[1])
+    return 2 * int(rows.numel() * weight.shape[-1])
+
+
+def _count_bilinear(first: Any, second: Any, third: Any, *expanded: Any, **kwargs: Any) -> int:
+    shapes = []
+    for value, axes in zip((first, second, third), expanded[:3], strict=True):
+        for axis in axes:
+            value = value.unsqueeze(axis)
+        shapes.append(value.shape)
+    return 2 * math.prod(map(int, torch.broadcast_shapes(*shapes)))
+
+
+def _count_distances(first: Any, *args: Any, out_val: Any = None, **kwargs: Any) -> int:
+    return 2 * int(out_val.numel() * first.shape[-1])
+
+
 _NORMS = frozenset({"batch_norm", "layer_norm", "group_norm", "instance_norm"})
 _KEEPING = (UNARY - {"float", "half", "to", "type_as"}) | _NORMS | {"softmax"}
-_FLOPS = {**flop_registry, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _count_attention}
+_FLOPS = {
+    **flop_registry,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _count_attention,
+    torch.ops.aten.mv: _count_vectors,
+    torch.ops.aten.dot: _count_vectors,
+    torch.ops.aten.addmv: lambda added, matrix, *args, **kwargs: _count_vectors(matrix),
+    torch.ops.aten._grouped_mm: _count_groups,
+    torch.ops.aten._trilinear: _count_bilinear,
+    torch.ops.aten._cdist_forward: _count_distances,
+}
 _LARGE = 4_097
 """A batch that code takes apart into more pieces than two or three samples, if it does so by a number of samples."""
 _ALONE = frozenset(
