@@ -168,6 +168,8 @@ def train_arm(
             curriculum = Curriculum(feed="teacher", lengths=warm, learning_rate=rate)
         if arm == "steps":
             lengths = [*range(1, len(plan.pairs) + 1)]
+            lengths = lengths if sum(lengths) < epochs else [1] * len(lengths)
+            how = f"warm-up {'-'.join(map(str, lengths))}"
             curriculum, main = Curriculum(lengths=lengths, learning_rate=rate), epochs - sum(lengths)
         if arm == "kd":
             curriculum, main = NO_WARMUP, epochs
