@@ -125,15 +125,22 @@ def product(call: Call, cut: Cut, ends: dict[int, list[fx.Node]], every: list[An
     return Propagation(again(call, cuts), tuple(Part(c) for c in cuts))
 
 
-BY_LETTERS = ("einsum", "tensordot")
-"""Sums of products over axes that the call names."""
+GROUPED = ("_grouped_mm", "grouped_mm")
+"""Products in which the matrix of its group multiplies every row, as experts do."""
+BY_LETTERS = ("einsum", "tensordot", *GROUPED)
+"""Sums of products over axes that the call names, or that have names here."""
 
 
 def letters(call: Call) -> tuple[list[str], str, list[fx.Node]] | None:
     """The subscripts of an einsum's operands and of its output, and the operands; None if they are not plain.
 
-    An ellipsis is written out in capital letters that the equation does not use. A `tensordot` is an einsum, too.
+    An ellipsis is written out in capital letters that the equation does not use. A `tensordot` is an einsum, too. So is a
+    product of rows with the matrices of their groups, whose axis stands for itself.
     """
+    if call.op in GROUPED:
+        rows, weight = call.input, call.get("other")
+        plain = isinstance(weight, fx.Node) and call.get("bias") is None
+        return (["te", "geo"], "to", [rows, weight]) if plain and len(call.shape(weight) or ()) == 3 else None
     equation, *operands = call.node.args if call.op == "einsum" else (_equation(call), call.input, call.get("other"))
     if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
         operands = list(operands[0])

@@ -97,7 +97,7 @@ SIGNATURES: dict[str, str] = {
     "normalize": "input p dim",
     "glu": "input dim",
     "cumsum": "input dim",
-    **dict.fromkeys(("matmul", "bmm", "mm", "mv"), "input other"),
+    **dict.fromkeys(("matmul", "bmm", "mm", "mv", "_grouped_mm", "grouped_mm"), "input other"),
     "addmm": "input mat1 mat2",
     "baddbmm": "input batch1 batch2",
     "scaled_dot_product_attention": "query key value attn_mask dropout_p is_causal scale",

@@ -6,7 +6,7 @@ import numpy as np
 from torch import fx, nn
 
 from indistill_fx.graph.attention import HeadAttention
-from indistill_fx.passes.channels.attention import free_heads, letters, operands_of
+from indistill_fx.passes.channels.attention import GROUPED, free_heads, letters, operands_of
 from indistill_fx.passes.channels.call import Call
 from indistill_fx.passes.pruning.dependencies import Axis, Coupling, Made, Units, follow
 
@@ -58,11 +58,26 @@ def einsum(found: Coupling, call: Call) -> set[Axis]:
             summed.append(units)
             read |= {(n.name, axis) for n, axis in ends}
     read |= follow(found, call, summed)
+    if call.op in GROUPED:
+        _keep_aligned(found, call, nodes[1], summed[0])
     for name, n in zip(names, nodes, strict=True):
         for letter in name:
             if letter in output and not any(letter in other for other in names if other != name):
                 _note_filters(found, call, n, name.index(letter), output.index(letter))
     return read
+
+
+_ALIGNED = 16
+"""Bytes that the rows of a grouped product are a multiple of; torch refuses others."""
+
+
+def _keep_aligned(found: Coupling, call: Call, weight: fx.Node, units: Units | None) -> None:
+    """All groups stay, and the channels that a grouped product sums over go as many at a time as torch needs."""
+    found.freeze(found.of(weight, 0), f"`{call.node.name}` has a matrix for each of them")
+    each = _ALIGNED // call.facts[weight.name].dtype.itemsize
+    if units is not None and len(units) % each == 0:
+        for place in range(1, each):
+            found.pairs.append((units[::each], units[place::each]))
 
 
 def fused(found: Coupling, call: Call) -> set[Axis]:

@@ -156,7 +156,7 @@ def _read_axes(call: Call, source: fx.Node, rank: int) -> list[int]:
         left, right = operands_of(call)
         return [rank - 1] if source is left else [max(rank - 2, 0)] if source is right else []
     if call.op in BY_LETTERS and (parsed := letters(call)) is not None:
-        name = parsed[0][parsed[2].index(source)]
+        name = parsed[0][parsed[2].index(source)] if source in parsed[2] else ""
         return [k for k, letter in enumerate(name) if letter not in parsed[1]]
     return []
 
