@@ -172,6 +172,17 @@ def _adaptive_max_pool(input: Tensor, output_size: Any, return_indices: bool = T
     return tuple(_unflattened(entries, output_size, axes) for entries in ([values for values, _ in found], places))
 
 
+def _grouped_mm(
+    input: Tensor, weight: Tensor, offs: Tensor | None = None, bias: Tensor | None = None, out_dtype: torch.dtype | None = None
+) -> Any:  # fmt: skip
+    """Every group's matrix multiplies all rows, of which those of other groups are 0: a file has no rows of their own for a group."""
+    if offs is None or bias is not None or out_dtype is not None or (input.dim(), weight.dim()) != (2, 3):
+        return NotImplemented
+    group = (torch.arange(input.shape[0], device=input.device)[:, None] >= offs).sum(1)
+    own = group == torch.arange(weight.shape[0], device=input.device)[:, None]
+    return (torch.where(own[..., None], input, torch.zeros((), dtype=input.dtype)) @ weight).sum(0)
+
+
 _FORMS: dict[str, Callable[..., Any]] = {
     "cdist": _cdist,
     "kthvalue": _kthvalue,
@@ -190,5 +201,6 @@ _FORMS: dict[str, Callable[..., Any]] = {
         for ending in ("", "_with_indices")
     },
     "adaptive_avg_pool3d": _adaptive_avg_pool3d,
+    **dict.fromkeys(("_grouped_mm", "grouped_mm", "grouped_mm_fallback"), _grouped_mm),
 }
 """By the operation's name: its form."""

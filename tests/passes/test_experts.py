@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import transformers
 from torch import Tensor, nn
 
+import indistill_fx as ifx
 from indistill_fx.compression.write_source import source_of
+from indistill_fx.deploy.export_onnx import export_onnx
+from indistill_fx.deploy.onnx_substitutes import Substitutes
 from indistill_fx.passes.capture.trace import trace
 from indistill_fx.passes.extract.instrument import instrument
 from indistill_fx.passes.pruning.narrow import narrow
@@ -106,3 +111,25 @@ def test_a_small_mixtral_is_halved() -> None:
     inner = small.get_parameter("model.layers.0.mlp.experts.down_proj").shape[2]
     assert inner < 64 and inner % 4 == 0
     assert small(**ids)["logits"].shape == (2, 8, 40)
+
+
+@pytest.mark.parametrize("length", [7, 1])
+def test_a_file_computes_the_same(length: int, model: TracedModel, tmp_path: Path) -> None:
+    """Without an operation for groups: with one token, some experts have no rows."""
+    export_onnx(model.graph_module, tmp_path / "experts.onnx", X[:, :length])
+    file = ifx.load(f"onnxruntime:{tmp_path / 'experts.onnx'}")
+    for batch in (1, 2, 5):
+        x = torch.randn(batch, length, 6)
+        torch.testing.assert_close(file(x), model.graph_module(x))
+
+
+def test_nothing_of_another_group_reaches_a_row() -> None:
+    """Not even what is no number."""
+    rows, weight = torch.randn(6, 4), torch.randn(3, 4, 5)
+    rows[0] = torch.nan
+    ends = torch.tensor([1, 1, 6], dtype=torch.int32)
+    expected = torch._grouped_mm(rows, weight.transpose(1, 2).contiguous().transpose(1, 2), offs=ends)
+    with Substitutes():
+        found = torch._grouped_mm(rows, weight, offs=ends)
+    torch.testing.assert_close(found, expected, equal_nan=True)
+    assert not found[1:].isnan().any()
