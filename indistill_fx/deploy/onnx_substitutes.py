@@ -102,6 +102,15 @@ def _take_along_dim(input: Tensor, indices: Tensor, dim: int | None = None) -> A
     return input.expand([n for n, _ in sizes]).gather(dim, indices.expand([n for _, n in sizes]))
 
 
+def _sort(
+    input: Tensor, dim: int = -1, descending: bool = False, stable: bool | None = False, *, places: bool = False
+) -> Any:
+    """ONNX's TopK, which sorts, always leaves equal entries in their order."""
+    if not stable:
+        return NotImplemented
+    return torch.argsort(input, dim, descending) if places else torch.sort(input, dim, descending)
+
+
 def _multi_dot(tensors: Sequence[Tensor]) -> Any:
     return reduce(torch.matmul, tensors)
 
@@ -191,6 +200,8 @@ _FORMS: dict[str, Callable[..., Any]] = {
     "searchsorted": _searchsorted,
     "isin": _isin,
     "take_along_dim": _take_along_dim,
+    "sort": _sort,
+    "argsort": partial(_sort, places=True),
     "linalg_multi_dot": _multi_dot,
     "hypot": _hypot,
     "rrelu": _rrelu,
