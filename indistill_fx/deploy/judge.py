@@ -19,11 +19,11 @@ from indistill_fx.losses.base import widened
 from indistill_fx.losses.choose_task import choose_task, compared_input, is_telling
 from indistill_fx.losses.positions import IGNORED, as_classes
 from indistill_fx.losses.task import Classification, Task
+from indistill_fx.runs.record import MetricFacts
 
 if TYPE_CHECKING:
     import onnxruntime
-
-    from indistill_fx.runs.record import MetricFacts
+    from torchmetrics import Metric
 
 Batch: TypeAlias = Tensor | Sequence[Any]
 
@@ -129,44 +129,68 @@ def judge(
     Raises:
         ConfigError: there are no labels or none that count, they do not fit the task, or it is not known which output holds the logits.
     """
-    chosen: Task | None = None
-    metrics: list[Any] = []
-    kept: list[tuple[Array, Array | None]] = []
-    facts, count, total, over, values, seen = None, 0, 0.0, 0, False, False
+    tally: _Tally | None = None
+    seen = False
     for scores, labels, tokens in _answers(session, batches, logits):
         seen = True
-        if task is None and chosen is None and not is_telling(labels):
-            continue
-        if chosen is None:
-            chosen = choose_task(task, scores, labels, tokens)
-            if not chosen.labelled:
-                message = f"The task {chosen.name} has no labels, so the file cannot be judged by them."
-                raise ConfigError(message, where="task", hint="Use the float file: leave int8 out (--int8).")
-        prepared, known = chosen.prepare(scores, labels)
-        assert known is not None
-        chosen.check(prepared, known)
-        if facts is None:
-            facts = deciding_metric(chosen, prepared.shape[1])
-            metrics = [*chosen.metrics(prepared.shape[1]).values()][:1]
-        loss, counted = chosen.total(prepared, known)
-        total, over = total + float(loss), over + counted
-        count += counted if type(chosen) is Classification else len(labels)
-        for metric in metrics:
-            chosen.measure(metric, prepared, known)
-        found = chosen.decisions(prepared)
-        values = values or found is None
-        kept += [] if found is None else [_counted(chosen, found, known, prepared.shape[1])]
-    if chosen is None or facts is None or not over:
+        if tally is None and (task is not None or is_telling(labels)):
+            tally = _Tally(choose_task(task, scores, labels, tokens))
+        if tally is not None:
+            tally.add(scores, labels)
+    if tally is None or not tally.counted:
         reason = "None of the evaluation data's labels counts" if seen else "The evaluation data is empty"
         message = f"{reason}, so the loss of quality cannot be measured."
         raise ConfigError(message, where="evaluation", hint="Give samples with labels.")
-    value = float(metrics[0].compute()) if metrics else total / over
-    known_labels = [labels for _, labels in kept if labels is not None]
-    return Judgement(
-        chosen, facts, value, count,
-        None if values else np.concatenate([decided for decided, _ in kept]),
-        np.concatenate(known_labels) if known_labels else None,
-    )  # fmt: skip
+    return tally.judgement()
+
+
+class _Tally:
+    """What is added up over the batches for a judgement by a task.
+
+    Raises:
+        ConfigError: the task has no labels.
+    """
+
+    def __init__(self, task: Task):
+        if not task.labelled:
+            message = f"The task {task.name} has no labels, so the file cannot be judged by them."
+            raise ConfigError(message, where="task", hint="Use the float file: leave int8 out (--int8).")
+        self.task, self.facts = task, MetricFacts()
+        self.metric: Metric | None = None
+        self.samples, self.loss, self.counted = 0, 0.0, 0
+        self.decisions: list[Array | None] = []
+        self.labels: list[Array] = []
+
+    def add(self, scores: Tensor, labels: Tensor) -> None:
+        """Add a batch; the task checks it."""
+        task = self.task
+        scores, known = task.prepare(scores, labels)
+        assert known is not None
+        task.check(scores, known)
+        if not self.decisions:
+            self.facts = deciding_metric(task, scores.shape[1])
+            self.metric = next(iter(task.metrics(scores.shape[1]).values()), None)
+        loss, counted = task.total(scores, known)
+        self.loss, self.counted = self.loss + float(loss), self.counted + counted
+        self.samples += counted if type(task) is Classification else len(labels)
+        if self.metric is not None:
+            task.measure(self.metric, scores, known)
+        decided, known = task.decisions(scores), as_classes(known) if type(task) is Classification else known
+        self.decisions.append(None if decided is None else _counted(decided, decided, known, scores.shape[1]))
+        if decided is not None and type(task) is Classification:
+            self.labels.append(_counted(known, decided, known))
+
+    def judgement(self) -> Judgement:
+        """The whole of it."""
+        decided = [part for part in self.decisions if part is not None]
+        return Judgement(
+            self.task,
+            self.facts,
+            self.loss / self.counted if self.metric is None else float(self.metric.compute()),
+            self.samples,
+            np.concatenate(decided) if len(decided) == len(self.decisions) else None,
+            np.concatenate(self.labels) if self.labels else None,
+        )
 
 
 def _answers(
@@ -197,11 +221,9 @@ def _main(outputs: Mapping[str, Array], logits: str | int | None) -> str:
     return name
 
 
-def _counted(task: Task, decisions: Tensor, labels: Tensor, outputs: int) -> tuple[Array, Array | None]:
-    """Decisions where the label counts, in the smallest type that holds them, and the class numbers of a classifier."""
-    classes = as_classes(labels) if type(task) is Classification else labels
-    smallest = decisions.to(torch.uint8 if outputs < 256 else torch.int32)
-    if classes.shape != decisions.shape or classes.is_floating_point():
-        return smallest.flatten().numpy(), None
-    mask = classes != IGNORED
-    return smallest[mask].numpy(), classes[mask].numpy() if type(task) is Classification else None
+def _counted(values: Tensor, decisions: Tensor, labels: Tensor, outputs: int = 1 << 30) -> Array:
+    """Values in one row, where the labels of decisions count, in the smallest type that holds numbers below `outputs`."""
+    if labels.shape == decisions.shape and not labels.is_floating_point():
+        values = values[labels != IGNORED]
+    array: Array = values.flatten().to(torch.uint8 if outputs < 256 else torch.int32).numpy()
+    return array
