@@ -18,7 +18,9 @@ from torch import nn
 import indistill_fx as ifx
 from indistill_fx.errors import ConfigError
 from indistill_fx.loading.load import load_source
+from indistill_fx.loading.spec import parse_spec
 from indistill_fx.runs.load import about, load_run
+from indistill_fx.runs.signature import is_signed, sign
 from indistill_fx.system.files import save_json
 from indistill_fx.system.tensor_files import save_tensors
 
@@ -130,7 +132,9 @@ def test_entries_of_a_configuration_in_a_configuration(tmp_path: Path) -> None:
     saved(transformers.CLIPModel(config), tmp_path)
     module: Any = load_source(f'{tmp_path}?text_config={{"num_hidden_layers":1}}').module
     assert len(module.text_model.encoder.layers) == 1 and module.config.text_config.hidden_size == 16
-    with pytest.raises(ConfigError, match=r"has no 'num_layers' in 'text_config'\. Nearest: num_labels, num_hidden_layers"):
+    with pytest.raises(
+        ConfigError, match=r"has no 'num_layers' in 'text_config'\. Nearest: num_labels, num_hidden_layers"
+    ):
         load_source(f'{tmp_path}?text_config={{"num_layers":1}}')
 
 
@@ -186,6 +190,18 @@ def test_a_run_whose_folder_is_another_now(run: Path, bert: tuple[Path, nn.Modul
     with pytest.raises(ConfigError, match=f"There is no file or folder `{folder}`"):
         load_source(f"{folder}?num_hidden_layers=1")
     assert load_source(f"{moved}?num_hidden_layers=1@{run / 'student.safetensors'}").notes == ()
+
+
+def test_a_written_student_of_transformers_may_be_moved(tmp_path: Path) -> None:
+    code = "from transformers.modeling_outputs import SequenceClassifierOutput\nfrom torch import nn\n\nStudent = nn.Identity\n"
+    there, here = tmp_path / "there/student.py", tmp_path / "here/student.py"
+    for file in (there, here):
+        file.parent.mkdir()
+        file.write_text(code)
+    spec = parse_spec(f"{there}:Student")
+    assert is_signed(spec, proof := sign(spec), here)
+    here.write_text(code.replace("torch", "torchy"))
+    assert not is_signed(spec, proof, here)
 
 
 def test_several_teachers_of_transformers(bert: tuple[Path, nn.Module]) -> None:
