@@ -1,18 +1,21 @@
-"""What kind of file is this? Decided by its content, never by its name; and zip archives that mean one thing only."""
+"""What kind of file is this? Decided by its content, never by its name; zip archives that mean one thing only; folders of models."""
 
 from __future__ import annotations
 
 import codecs
+import os
 import struct
 import zipfile
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Any, BinaryIO, Literal
 
 from indistill_fx.errors import ConfigError, nearest
-from indistill_fx.system.files import LONGEST_HEADER, no_file, parse_json
+from indistill_fx.system.files import LONGEST_HEADER, no_file, parse_json, read_json
 
 FileKind = Literal["torch", "torch-legacy", "export", "safetensors", "onnx"]
 
+CONFIGURATION = "config.json"
+PREPROCESSING = "preprocessor_config.json"
 _MAGIC_LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 _HEAD = 4096
 _UNREADABLE = (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error)
@@ -187,3 +190,25 @@ def _as_text(head: bytes) -> str | None:
         return codecs.getincrementaldecoder("utf-8")().decode(head)
     except UnicodeDecodeError:
         return None
+
+
+def is_model_folder(path: Path) -> bool:
+    """Whether a path is a folder with the configuration of a model of transformers, timm or another library of Hugging Face's."""
+    return os.path.isfile(path / CONFIGURATION)  # False for a name that is too long or holds a zero byte
+
+
+def read_configuration(folder: Path, name: str = CONFIGURATION) -> dict[str, Any]:
+    """A JSON file in a model's folder; empty if there is none.
+
+    Raises:
+        ConfigError: it is damaged.
+    """
+    try:
+        held = read_json(folder / name, LONGEST_HEADER)
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise damaged(str(folder / name), str(error)) from error
+    if not isinstance(held, dict):
+        raise damaged(str(folder / name), "it holds no object")
+    return held

@@ -159,7 +159,7 @@ def _labels_in(model: Mapping[str, Any]) -> tuple[str, ...]:
     held = model.get("id2label")
     if not isinstance(held, Mapping):
         return ()
-    names = [held.get(str(number)) for number in range(len(held))]
+    names = [held.get(str(number), held.get(number)) for number in range(len(held))]  # JSON's keys are text
     told = [name for name in names if isinstance(name, str) and not re.fullmatch(r"LABEL_\d+", name)]
     return tuple(told) if len(told) == len(names) else ()
 
@@ -211,7 +211,10 @@ def _by_pretrained_cfg(module: nn.Module, pretrained: bool) -> InputFacts:
         return InputFacts()
     fixed = pretrained or _is_shape(only)
     wanted = (edges[0], edges[1]) if fixed and len(edges) == 2 else None
-    return InputFacts((channels, *edges), normalisation, wanted, normalisation)
+    names = config.get("label_names")
+    classes = tuple(names) if isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names) else ()
+    classes = classes if len(classes) == getattr(module, "num_classes", None) else ()
+    return InputFacts((channels, *edges), normalisation, wanted, normalisation, classes)
 
 
 def _are_numbers(value: Any) -> TypeGuard[Sequence[float]]:

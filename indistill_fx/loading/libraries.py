@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -12,20 +12,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from indistill_fx.errors import ConfigError, FrontendError, IndistillError, nearest
-from indistill_fx.loading.file_kinds import damaged
-from indistill_fx.loading.state_dicts import load_weights
+from indistill_fx.errors import ConfigError, FrontendError, IndistillError, first_lines, nearest
+from indistill_fx.loading.file_kinds import CONFIGURATION, damaged, read_configuration
+from indistill_fx.loading.state_dicts import FLOATS, load_weights, read_kinds, read_state_dict
 from indistill_fx.system.bounded import Bounded
-from indistill_fx.system.files import LONGEST_HEADER, read_json
 
-CONFIGURATION = "config.json"
-PREPROCESSING = "preprocessor_config.json"
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 FETCHING = ("pretrained", "checkpoint", "weights", "cache")
 """Arguments of constructors, by how their names begin, that read other files or the network."""
 _ADAPTER = "adapter_config.json"
-_CODE = ("auto_map", "_attn", "attn_", "experts_implementation", "kernel", "use_kernels")
-"""Entries of a configuration of transformers, by how their names begin, that choose code to run, perhaps code to download."""
+_CODE = re.compile(r"auto_map|use_kernels|kernel_config|\w*(attn|experts)_implementation\w*")
+"""Names of entries of a configuration of transformers that choose code to run, perhaps code to download."""
+_COMPUTED = ("layer_types", "out_features", "out_indices", "stage_names")
+"""Entries that a configuration of transformers makes from its number of layers, unless they are given."""
 _BY_HAND = "Build it in a file of your own, and name that: models.py:make_model."
 
 # Arguments that stop constructors from downloading a backbone, or from warning about their own defaults.
@@ -169,28 +168,6 @@ def _list_arguments(builder: Callable[..., nn.Module], quiet: dict[str, Any]) ->
     return list(found)
 
 
-def is_model_folder(path: Path) -> bool:
-    """Whether a path is a folder with the configuration of a model of transformers, timm or another library of Hugging Face's."""
-    return os.path.isfile(path / CONFIGURATION)  # False for a name that is too long or holds a zero byte
-
-
-def read_configuration(folder: Path, name: str = CONFIGURATION) -> dict[str, Any]:
-    """A JSON file in a model's folder; empty if there is none.
-
-    Raises:
-        ConfigError: it is damaged.
-    """
-    try:
-        held = read_json(folder / name, LONGEST_HEADER)
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise damaged(str(folder / name), str(error)) from error
-    if not isinstance(held, dict):
-        raise damaged(str(folder / name), "it holds no object")
-    return held
-
-
 def build_from_folder(
     folder: Path, arguments: Mapping[str, Any], *, weights: bool = True, trust: Sequence[str] = ()
 ) -> tuple[nn.Module, tuple[str, ...]]:
@@ -227,10 +204,13 @@ def build_from_folder(
 
 
 def _unknown_folder(folder: Path, held: Mapping[str, Any]) -> ConfigError:
-    kind = held.get("_class_name")
+    kind, hint = held.get("_class_name"), _BY_HAND
     which = f"a {kind[:60]} of diffusers" if isinstance(kind, str) else "a model of another library"
     message = f"`{folder}` holds {which}. Only folders of transformers and timm are read, whose {CONFIGURATION} names the class."
-    return ConfigError(message, where=str(folder), got=sorted(held)[:20], hint=_BY_HAND)
+    if "model_type" in held:
+        message = f"`{folder / CONFIGURATION}` does not name the model's class."
+        hint = 'Add it as transformers does: "architectures": ["BertForSequenceClassification"].'
+    return ConfigError(message, where=str(folder), got=sorted(held)[:20], hint=hint)
 
 
 def _build_transformers(
@@ -248,67 +228,114 @@ def _build_transformers(
         message = f"`{folder}` holds a model of the class {name}, which transformers {transformers.__version__} does not have.{own}"
         raise ConfigError(message, where=str(folder), got=name, hint=_BY_HAND)
     if "quantization_config" in held:
-        message = f"`{folder}` holds quantised weights, which cannot be trained or narrowed."
-        raise ConfigError(message, where=str(folder), hint="Name the folder of the model from before it was quantised.")
+        raise _quantised(folder, [])
     with _quiet_transformers():
         read = _read_transformers(kind, folder, held)
-        known = read.to_dict()
-        if unknown := next((key for key in arguments if key not in known), None):
-            hint = nearest(unknown, known) or f"It has: {', '.join(sorted(known))}."
-            message = f"The configuration of `{folder}` has no {unknown!r}."
-            raise ConfigError(message, where=str(folder), got=unknown, hint=hint)
+        given = {type(read).attribute_map.get(key, key): value for key, value in arguments.items()}
+        _require_known(read.to_dict(), given, folder)
 
         def builder(**given: Any) -> nn.Module:
-            model: nn.Module = kind(type(read).from_dict({**known, **given}))
+            model: nn.Module = kind(_changed(read, given))
             return model.float()
 
         if arguments or not weights:
-            return _build(str(folder), builder, dict(arguments), {}, downloads=False), ()
-        return _with_weights(kind, folder, read, builder, trust)
+            return _build(str(folder), builder, given, {}, downloads=False), ()
+        return _with_weights(kind, folder, read, trust)
+
+
+def _quantised(folder: Path, names: list[str]) -> ConfigError:
+    which = f" ({_list(names)})" if names else ""
+    message = f"`{folder}` holds quantised weights{which}, which cannot be trained or narrowed."
+    hint = "Name the folder of the model from before it was quantised."
+    return ConfigError(message, where=str(folder), got=names, hint=hint)
 
 
 def _read_transformers(kind: Any, folder: Path, held: Mapping[str, Any]) -> Any:
     """The configuration, without what would choose code."""
     try:
-        return kind.config_class.from_dict({key: value for key, value in held.items() if not key.startswith(_CODE)})
+        return kind.config_class.from_dict(_without_code(held))
     except Exception as error:  # of any class of transformers
         raise damaged(str(folder / CONFIGURATION), f"{type(error).__name__}: {error}") from error
 
 
+def _without_code(held: Any) -> Any:
+    """What a configuration holds, and those in it, without the entries that choose code."""
+    if not isinstance(held, Mapping):
+        return held
+    return {key: _without_code(value) for key, value in held.items() if not _CODE.fullmatch(str(key))}
+
+
+def _require_known(known: Mapping[str, Any], given: Mapping[str, Any], folder: Path, within: str = "") -> None:
+    legal = {*known, "num_labels"} if "id2label" in known else {*known}
+    if unknown := next((key for key in given if key not in legal), None):
+        hint = nearest(unknown, legal) or f"It has: {', '.join(sorted(legal))}."
+        message = f"The configuration of `{folder}` has no {unknown!r}{within}."
+        raise ConfigError(message, where=str(folder), got=unknown, hint=hint)
+    for key, value in given.items():
+        if isinstance(value, Mapping) and isinstance(held := known.get(key), Mapping) and "model_type" in held:
+            _require_known(held, value, folder, f" in {key!r}")
+
+
+def _changed(read: Any, given: Mapping[str, Any]) -> Any:
+    """A configuration of transformers with other entries; of a configuration in it, the entries that are not given stay."""
+    entries, configuration = read.to_dict(), type(read)
+    if given.get("num_labels", read.num_labels) != read.num_labels:
+        entries = {key: value for key, value in entries.items() if key not in ("id2label", "label2id")}
+    computed = configuration.from_dict({key: value for key, value in entries.items() if key not in _COMPUTED}).to_dict()
+    for key in _COMPUTED:
+        if key in entries and entries[key] == computed.get(key):
+            del entries[key]
+    for key, value in given.items():
+        within = isinstance(value, Mapping) and hasattr(getattr(read, key, None), "to_dict")
+        entries[key] = {**entries[key], **value} if within else value
+    return configuration.from_dict(entries)
+
+
 def _with_weights(
-    kind: Any, folder: Path, configuration: Any, builder: Callable[..., nn.Module], trust: Sequence[str]
+    kind: Any, folder: Path, configuration: Any, trust: Sequence[str]
 ) -> tuple[nn.Module, tuple[str, ...]]:
-    """A model of transformers, which renames what older files name otherwise; pickles are left to our own reader."""
-    file = _file_of_weights(folder)
+    """A model of transformers, which renames what older files name otherwise; pickles are read by our own reader."""
+    file, place = _file_of_weights(folder), None
+    notes: tuple[str, ...] = ()
+    options: dict[str, Any] = {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
     if ".bin" in file.name:
-        with _bounded(folder):
-            module = _build(str(folder), builder, {}, {}, downloads=False)
-        return module, load_weights(module, file, trust=trust)
-    options = {"local_files_only": True, "use_safetensors": True, "dtype": torch.float32, "output_loading_info": True}
+        options["state_dict"], notes = read_state_dict(file, trust=trust)
+        kinds = {key: value.dtype for key, value in options["state_dict"].items()}
+    else:
+        place, kinds = str(folder), read_kinds(file)
+        options |= {"local_files_only": True, "use_safetensors": True}
+    if rounded := [key for key, kind in kinds.items() if key.endswith("weight") and kind not in FLOATS]:
+        raise _quantised(folder, rounded)
     try:
         with _bounded(folder):
-            module, found = kind.from_pretrained(str(folder), config=configuration, **options)
+            module, found = kind.from_pretrained(place, config=configuration, **options)
     except ConfigError:
         raise
     except Exception as error:  # of transformers, safetensors or torch
-        reason = " ".join(str(error).split())[:300].rstrip(".")
-        hint = "Copy or download the folder again."
-        raise ConfigError(
-            f"The weights of `{folder}` cannot be loaded: {reason}.", where=str(file), hint=hint
-        ) from error
+        message = f"The weights of `{folder}` cannot be loaded: {first_lines(error)}"
+        raise ConfigError(message, where=str(file), hint="Copy or download the folder again.") from error
+    for value in (
+        *module.parameters(),
+        *module.buffers(),
+    ):  # they lie in the file, or two of a pickle in the same memory
+        value.data = value.data.clone()
+    if other := sorted(found["mismatched_keys"]):
+        shown = _list([f"{key} (file {tuple(file)}, model {tuple(model)})" for key, file, model in other])
+        message = f"{len(other)} of the tensors in `{file}` have other shapes than {CONFIGURATION} says: {shown}."
+        hint = f"Restore the {CONFIGURATION} that was saved with them: model.save_pretrained(…)."
+        raise ConfigError(message, where=str(file), got=[key for key, *_ in other], hint=hint)
     if lacking := sorted(found["missing_keys"]):
-        shown = f"{', '.join(lacking[:5])}{', …' if lacking[5:] else ''}"
         hint = "Save the model again, whole: model.save_pretrained(…). To begin with new weights, build it in a file of your own."
-        message = f"`{file}` lacks {len(lacking)} of the tensors of {kind.__name__}: {shown}."
+        message = f"`{file}` lacks {len(lacking)} of the tensors of {kind.__name__}: {_list(lacking)}."
         raise ConfigError(message, where=str(file), got=lacking, hint=hint)
-    notes = tuple(_say_unused(sorted(found["unexpected_keys"])))
+    if unused := sorted(found["unexpected_keys"]):
+        notes += (f"weights: {len(unused)} of the folder's tensors are of no use here: {_list(unused)}",)
     kept = str(getattr(configuration, "dtype", None) or "float32").removeprefix("torch.")
     return module, notes if kept == "float32" else (*notes, f"weights: {kept} in the folder, float32 here")
 
 
-def _say_unused(names: list[str]) -> Iterator[str]:
-    if names:
-        yield f"weights: {len(names)} of the folder's tensors are of no use here: {', '.join(names[:5])}{', …' if names[5:] else ''}"
+def _list(names: Sequence[str], most: int = 5) -> str:
+    return f"{', '.join(names[:most])}{', …' if names[most:] else ''}"
 
 
 def _build_from_timm_folder(
@@ -319,8 +346,9 @@ def _build_from_timm_folder(
     given = {**kept, "num_classes": held.get("num_classes", 1000), **arguments}
     with nullcontext() if arguments or not weights else _bounded(folder):
         module: Any = build_timm(str(held["architecture"]), given)
-    if isinstance(preset := held.get("pretrained_cfg"), dict):
-        module.pretrained_cfg = {**module.pretrained_cfg, **preset}
+    preset = held.get("pretrained_cfg")
+    names = {"label_names": held["label_names"]} if "label_names" in held else {}
+    module.pretrained_cfg = {**module.pretrained_cfg, **(preset if isinstance(preset, dict) else {}), **names}
     if arguments or not weights:
         return module, ()
     return module, load_weights(module, _file_of_weights(folder), trust=trust)

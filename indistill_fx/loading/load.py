@@ -70,8 +70,12 @@ def load_source(spec: str, *, trust: Sequence[str] = ()) -> Source:
         ConfigError: the spec or the file is at fault.
         FrontendError: the user's factory fails, or pretrained weights cannot be downloaded.
     """
+    return load_parsed(parse_spec(spec), trust=trust)
+
+
+def load_parsed(parsed: Spec, *, trust: Sequence[str] = ()) -> Source:
+    """Load the model of a spec that was taken apart; the rest as of `load_source`."""
     _require_packages(trust)
-    parsed = parse_spec(spec)
     with _importable(trust):
         source = _load_place(parsed, trust)
         if parsed.weights:
@@ -114,8 +118,7 @@ def _require_packages(trust: Sequence[str]) -> None:
 
 
 def _load_file(parsed: Spec, trust: Sequence[str]) -> Source:
-    from indistill_fx.loading.file_kinds import count_safetensors
-    from indistill_fx.loading.libraries import is_model_folder
+    from indistill_fx.loading.file_kinds import count_safetensors, is_model_folder
 
     path = Path(parsed.place)
     if is_model_folder(path):
@@ -267,14 +270,15 @@ def _build_by_name(parsed: Spec) -> Source:
 
 
 def _build_by_folder(path: Path, parsed: Spec, trust: Sequence[str]) -> Source:
+    from indistill_fx.loading.file_kinds import PREPROCESSING, read_configuration
     from indistill_fx.loading.input_facts import describe_configuration, describe_module
-    from indistill_fx.loading.libraries import PREPROCESSING, build_from_folder, read_configuration
+    from indistill_fx.loading.libraries import build_from_folder
 
     module, notes = build_from_folder(path, parsed.arguments, weights=not parsed.weights, trust=trust)
     pretrained = not (parsed.arguments or parsed.weights)
-    held = read_configuration(path)
-    if "architectures" in held:
-        facts = describe_configuration(held, read_configuration(path, PREPROCESSING), pretrained=pretrained)
+    if "architectures" in read_configuration(path):
+        held: Any = module.config
+        facts = describe_configuration(held.to_dict(), read_configuration(path, PREPROCESSING), pretrained=pretrained)
     else:
         facts = describe_module(module, pretrained=pretrained)
         facts = facts if pretrained else replace(facts, wanted_normalisation=None)

@@ -77,8 +77,10 @@ def parse_spec(text: str) -> Spec:
         if (parts := _split_entry(left))[1] and not weights:
             return Spec(text, parts[0], entry=parts[1])
         if mark:
-            hint = f"Arguments are for constructors and folders: {MODEL_FORMS}."
-            raise ConfigError(f"{text!r} gives arguments to a file.", where=text, got=query, hint=hint)
+            there = os.path.exists(place)
+            hint = f"Arguments are for constructors and folders: {MODEL_FORMS}." if there else "Check the path."
+            message = f"{text!r} gives arguments to a file." if there else f"There is no file or folder `{place}`."
+            raise ConfigError(message, where=text, got=query, hint=hint)
         return Spec(text, left, weights=weights, entry=entry)
     if not place or not name:
         raise ConfigError(f"{text!r} names no model.", where=text, expected=MODEL_FORMS, hint=f"Write {MODEL_FORMS}.")

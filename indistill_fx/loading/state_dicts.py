@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from indistill_fx.errors import ConfigError
@@ -24,6 +26,9 @@ WRAPPERS = (
 _COMPILED = "_orig_mod."  # what torch.compile puts before the keys of each module that it compiled
 _COUNTER = "num_batches_tracked"
 _INDEX = ".index.json"
+_KINDS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+FLOATS = tuple(_KINDS.values())
+"""Kinds of numbers that mean what they say: integers and floats of 8 bits lack the scale that they were rounded by."""
 _SHOWN = 5
 
 
@@ -163,17 +168,20 @@ def read_state_dict(
         return _read_saved(saved, entry)
 
 
-def _read_shards(path: Path, trust: Sequence[str]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """The tensors of the files that an index names, as Hugging Face and Accelerate write it; the files lie beside it."""
+def _places(path: Path) -> dict[str, str]:
+    """The file of each tensor, as an index says.
+
+    Raises:
+        ConfigError: it is damaged, or no index.
+    """
     try:
         index = read_json(path, LONGEST_HEADER)
     except (OSError, ValueError, RecursionError) as error:
         raise damaged(str(path), str(error)) from error
     places = index.get("weight_map") if isinstance(index, dict) else None
     places = places if isinstance(places, dict) else {}
-    names = list(places.values())
-    if not names or not all(
-        isinstance(name, str) and name == Path(name).name and not name.endswith(_INDEX) for name in names
+    if not places or not all(
+        isinstance(name, str) and name == Path(name).name and not name.endswith(_INDEX) for name in places.values()
     ):
         raise ConfigError(
             f"`{path}` is not an index of weights: it has no `weight_map` of file names.",
@@ -181,9 +189,19 @@ def _read_shards(path: Path, trust: Sequence[str]) -> tuple[dict[str, Tensor], t
             expected='{"weight_map": {"layer.weight": "model-00001-of-00002.safetensors", …}}',
             hint="Name the file of the weights itself.",
         )
+    if lost := next((name for name in sorted(places.values()) if not path.with_name(name).is_file()), None):
+        message = f"`{path.with_name(lost)}`, which `{path.name}` names, is missing."
+        raise ConfigError(message, where=str(path), got=lost, hint="Copy or download all files of the model again.")
+    return places
+
+
+def _read_shards(path: Path, trust: Sequence[str]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """The tensors of the files that an index names, as Hugging Face and Accelerate write it; the files lie beside it."""
+    places = _places(path)
+    names = set(places.values())
     state: dict[str, Tensor] = {}
     notes: tuple[str, ...] = ()
-    for name in sorted(set(names)):
+    for name in sorted(names):
         part, of_part = read_state_dict(path.with_name(name), trust=trust)
         if lacking := [key for key, place in places.items() if place == name and key not in part]:
             raise ConfigError(
@@ -194,7 +212,7 @@ def _read_shards(path: Path, trust: Sequence[str]) -> tuple[dict[str, Tensor], t
             )
         state |= {key: value for key, value in part.items() if places.get(key) == name}
         notes += of_part
-    return state, (*notes, f"weights: read from the {len(set(names))} files of the index")
+    return state, (*notes, f"weights: read from the {len(names)} files of the index")
 
 
 def _read_saved(saved: SavedFile, entry: str) -> tuple[dict[str, Tensor], tuple[str, ...]]:
@@ -268,14 +286,31 @@ def count_numbers(path: Path) -> int:
     Raises:
         ConfigError: it is none, or damaged.
     """
-    from safetensors import SafetensorError, safe_open
-
     try:
         require_header(path)
         with safe_open(path, framework="np") as file:
             return sum(math.prod(file.get_slice(name).get_shape()) for name in file.offset_keys())
     except (OSError, ValueError, SafetensorError) as error:
         raise damaged(str(path), str(error)) from error
+
+
+def read_kinds(path: Path) -> dict[str, torch.dtype | str]:
+    """What kind of numbers each tensor of a safetensors file, or of those of an index, has; only headers are read.
+
+    Raises:
+        ConfigError: a file is none, or damaged.
+    """
+    names = set(_places(path).values()) if path.name.endswith(_INDEX) else {path.name}
+    found: dict[str, torch.dtype | str] = {}
+    for file in map(path.with_name, sorted(names)):
+        try:
+            require_header(file)
+            with safe_open(file, framework="np") as held:
+                kinds = {key: held.get_slice(key).get_dtype() for key in held.offset_keys()}
+        except (OSError, ValueError, SafetensorError) as error:
+            raise damaged(str(file), str(error)) from error
+        found |= {key: _KINDS.get(kind, kind) for key, kind in kinds.items()}
+    return found
 
 
 def _no_state_dict(label: str, others: Sequence[str]) -> ConfigError:

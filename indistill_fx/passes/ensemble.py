@@ -7,7 +7,7 @@ are, `teachers.0.layer1`.
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 
 from indistill_fx.batch import call_of
 from indistill_fx.errors import ConfigError, IndistillError, MatchError
+from indistill_fx.graph.main_output import MAIN_NAMES
 from indistill_fx.graph.module_state import device_of, evaluating, uncompiled
 from indistill_fx.graph.view import View
 from indistill_fx.loading.input_facts import other_channels
@@ -275,6 +276,8 @@ def _checked_outputs(
         with evaluating(teacher), torch.no_grad():
             try:
                 found = call(teacher)
+                if logits is None and isinstance(found, Mapping):
+                    logits = next((name for name in MAIN_NAMES if name in found), None)
                 entries.append(None if isinstance(found, Tensor) else logits)
                 found = found if entries[-1] is None else found[logits]
             except IndistillError:

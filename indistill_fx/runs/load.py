@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from indistill_fx.errors import ConfigError, TrainError
+from indistill_fx.loading.file_kinds import CONFIGURATION, is_model_folder, read_configuration
 from indistill_fx.loading.input_facts import InputFacts, remember
 from indistill_fx.loading.inputs import describe_inputs
-from indistill_fx.loading.libraries import FETCHING, is_model_folder
-from indistill_fx.loading.load import Source, load_source
+from indistill_fx.loading.libraries import FETCHING
+from indistill_fx.loading.load import Source, load_parsed, load_source
 from indistill_fx.loading.spec import LARGEST_IN_A_FILE, Spec, is_input_size, parse_spec
 from indistill_fx.loading.state_dicts import count_numbers, load_weights
 from indistill_fx.runs.directory import BEST, EXPORT, LAST, MOST_BYTES, STUDENT
@@ -23,6 +24,7 @@ from indistill_fx.runs.saved_outputs import is_saved_outputs, load_outputs
 from indistill_fx.runs.signature import is_signed, sign
 from indistill_fx.system.bounded import Bounded
 from indistill_fx.system.files import read_json, save_json
+from indistill_fx.system.tensor_files import text_digest
 
 if TYPE_CHECKING:
     from torch import nn
@@ -31,6 +33,10 @@ if TYPE_CHECKING:
 
 
 _OURS = ("indistill_fx.demo:DigitsTeacher", "indistill_fx.demo:DigitsStudent")
+
+
+_SAYS_NOTHING = ("transformers_version", "dtype", "torch_dtype", "_name_or_path")
+"""Entries of a configuration that do not change what the model computes in float32."""
 
 
 def is_run(spec: str) -> bool:
@@ -63,17 +69,45 @@ def about(model: str, data: str, input_size: tuple[int, ...], example: Any = Non
     """
     kept = _about(Path(model))[0] if is_run(model) else {}
     spec = kept["model"] if is_run(model) else absolute(model)
+    folder = kept.get("folder") if is_run(model) else _folder_of(spec)
     texts = describe_inputs(example) if example is not None else []
     says_it_all = "x".join(("float32", *map(str, input_size)))
     inputs = {"inputs": texts} if texts not in ([], [says_it_all]) else {}
     return {
         "model": spec,
         "seal": kept.get("seal") if is_run(model) else sign(parse_spec(spec)),
+        **({"folder": folder} if folder else {}),
         "data": data,
         "input_size": list(input_size),
         **inputs,
         **more,
     }
+
+
+def _folder_of(spec: str) -> dict[str, str] | None:
+    """Which folder a model is built from, and by which configuration: weights do not tell that. None for other models."""
+    place = Path(parse_spec(spec).place)
+    if not is_model_folder(place):
+        return None
+    entries = {key: value for key, value in read_configuration(place).items() if key not in _SAYS_NOTHING}
+    return {"place": str(place), "configuration": text_digest(entries)}
+
+
+def _require_folder(run: Path, spec: str, kept: object) -> None:
+    """Refuse to build a run's model from a folder that is gone, or says now that it is another one."""
+    place, known = as_object(kept).get("place"), as_object(kept).get("configuration")
+    if not (isinstance(place, str) and isinstance(known, str) and spec.startswith(place)):
+        return
+    if not is_model_folder(Path(place)):
+        what, named = "is not there any more", f"FOLDER{spec.removeprefix(place).partition('@')[0]}"
+        hint = f"Put it back, or name it where it is now. {_by_hand(run, named)}"
+    elif as_object(_folder_of(place)).get("configuration") != known:
+        what, hint = f"has another {CONFIGURATION} than when that run began", "Restore that file."
+    else:
+        return
+    raise ConfigError(
+        f"`{place}`, which the model of {run} is built from, {what}.", where=str(run), got=spec, hint=hint
+    )
 
 
 def runs_code(spec: Spec) -> bool:
@@ -257,6 +291,7 @@ def load_run(path: str | os.PathLike[str], *, trust: Sequence[str] = ()) -> Sour
             hint=_by_hand(folder),
         ) from error
     weights = folder / STUDENT
+    _require_folder(folder, spec, kept.get("folder"))
     _require_own_code(folder, spec, kept.get("seal"))
     if not weights.exists():
         reached = f"it has reached {LAST}" if (folder / LAST).exists() else "it has no checkpoint"
@@ -265,10 +300,13 @@ def load_run(path: str | os.PathLike[str], *, trust: Sequence[str] = ()) -> Sour
         )
     # The constructor of a library's model gets arguments from run.json.
     parsed = parse_spec(spec)
-    library = (bool(parsed.name) or is_model_folder(Path(parsed.place))) and not runs_code(parsed)
+    of_folder = is_model_folder(Path(parsed.place))
+    library = (bool(parsed.name) or of_folder) and not runs_code(parsed)
     with Bounded(str(folder / "run.json"), count_numbers(weights)) if library else nullcontext():
-        source = load_source(spec, trust=trust)
-    notes = load_weights(source.module, weights)
+        # Of a model's folder only the configuration is needed.
+        start = replace(parsed, weights=str(weights), entry="") if of_folder else parsed
+        source = load_parsed(start, trust=trust)
+    notes = () if of_folder else load_weights(source.module, weights)
     wanted = (size[1], size[2]) if len(size) == 3 else None
     remember(source.module, InputFacts(size, facts.normalisation, wanted, facts.normalisation, facts.classes))
     return replace(

@@ -51,7 +51,7 @@ def _imports_libraries_alone(code: Path) -> bool:
             roots |= {alias.name.partition(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             roots.add((node.module or "").partition(".")[0] if not node.level else "")
-    ours = {name for name in ("torch", "torchvision", "timm") if find_spec(name) is not None}
+    ours = {name for name in ("torch", "torchvision", "timm", "transformers") if find_spec(name) is not None}
     return roots <= ours | sys.stdlib_module_names
 
 

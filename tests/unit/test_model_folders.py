@@ -172,6 +172,13 @@ def lose_a_tensor(folder: Path) -> None:
     save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+def lose_a_file(folder: Path) -> None:
+    model = transformers.BertForSequenceClassification.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="10KB")
+    next(folder.glob("model-00002-of-*")).unlink()
+
+
 def cut(folder: Path) -> None:
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:200])
@@ -180,10 +187,15 @@ def cut(folder: Path) -> None:
 BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no weights": (lose_weights, "has no weights: none of model.safetensors"),
     "a tensor less": (lose_a_tensor, r"lacks 1 of the tensors of BertForSequenceClassification: classifier.weight\."),
-    "cut off": (cut, "The weights of .* cannot be loaded"),
+    "cut off": (cut, "model.safetensors` is damaged"),
     "no JSON": (lambda folder: (folder / "config.json").write_text("{"), "is damaged"),
     "a list": (lambda folder: (folder / "config.json").write_text("[]"), "it holds no object"),
-    "other sizes": (lambda folder: changed(folder, hidden_size=32), "cannot be loaded"),
+    "other sizes": (
+        lambda folder: changed(folder, intermediate_size=16),
+        r"6 of the tensors in .* have other shapes than config.json says: .*intermediate.dense.bias \(file \(32,\), model \(16,\)\)",
+    ),
+    "a file less": (lose_a_file, "model-00002-of-.*, which `model.safetensors.index.json` names, is missing"),
+    "no class": (lambda folder: changed(folder, architectures=None), "`.*config.json` does not name the model's class"),
     "huge": (lambda folder: changed(folder, hidden_size=2_000_000), "many more elements than its weights have"),
     "of no sense": (lambda folder: changed(folder, num_attention_heads="x"), "damaged|cannot be loaded"),
     "own code": (
@@ -196,8 +208,11 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "quantised": (lambda folder: changed(folder, quantization_config={}), "holds quantised weights"),
     "adapter": (lambda folder: (folder / "adapter_config.json").write_text("{}"), "holds an adapter of PEFT"),
-    "diffusers": (lambda folder: changed(folder, architectures=None, _class_name="UNet"), "holds a UNet of diffusers"),
-    "another library": (lambda folder: changed(folder, architectures=None), "holds a model of another library"),
+    "diffusers": (
+        lambda folder: (folder / "config.json").write_text('{"_class_name": "UNet"}'),
+        "holds a UNet of diffusers",
+    ),
+    "another library": (lambda folder: (folder / "config.json").write_text("{}"), "holds a model of another library"),
 }
 
 
