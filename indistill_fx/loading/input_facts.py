@@ -1,4 +1,4 @@
-"""What is known of a model's input: by torchvision's weights, timm's `pretrained_cfg`, transformers' configurations, or a package's papers.
+"""What is known of a model's input: by its library (torchvision, timm, transformers), or by what a package has published.
 
 What a model *can* be fed with is one thing, and what its weights *want* another: a library's usual figures say nothing of weights that came
 from elsewhere. So the two are kept apart, and nothing is wanted that is not known.
@@ -128,9 +128,10 @@ def describe_configuration(
         pretrained: whether the model has the weights that came with it.
     """
     classes = _labels_in(model)
-    mean, deviation = preprocessing.get("image_mean"), preprocessing.get("image_std")
+    channels = model.get("num_channels", 3)
+    mean, deviation = (_per_channel(preprocessing.get(name), channels) for name in ("image_mean", "image_std"))
     if not preprocessing.get("do_normalize", True):
-        mean, deviation = [0.0], [1.0]
+        mean, deviation = _per_channel(0.0, channels), _per_channel(1.0, channels)
     factor = preprocessing.get("rescale_factor", 1 / 255)
     normalisation: Normalisation | None = None
     if _are_numbers(mean) and _are_numbers(deviation) and _are_numbers([factor]) and factor and all(deviation):
@@ -138,12 +139,25 @@ def describe_configuration(
         normalisation = tuple(m / scale for m in mean), tuple(d / scale for d in deviation)
     only = _edges(model.get("image_size"))
     edges = only or _edges(preprocessing.get("crop_size")) or _edges(preprocessing.get("size"))
-    channels = model.get("num_channels", 3)
     if edges is None or not _is_shape([channels, *edges]):
         return InputFacts(classes=classes)
     known = InputFacts((channels, *edges), normalisation, classes=classes)
     wanted = edges if only or pretrained else None
     return replace(known, wanted_size=wanted, wanted_normalisation=normalisation if pretrained else None)
+
+
+def _per_channel(value: Any, channels: Any) -> list[float] | None:
+    """A number for every channel; one number, or equal ones, stand for any number of channels. None if it says nothing of so many."""
+    numbers = [value] if isinstance(value, (int, float)) else value
+    if not _are_numbers(numbers) or not _is_shape([channels]):
+        return None
+    return (
+        [float(k) for k in numbers]
+        if len(numbers) == channels
+        else [float(numbers[0])] * channels
+        if len({*numbers}) == 1
+        else None
+    )
 
 
 def _edges(value: Any) -> tuple[int, int] | None:

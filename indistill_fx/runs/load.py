@@ -33,8 +33,6 @@ if TYPE_CHECKING:
 
 
 _OURS = ("indistill_fx.demo:DigitsTeacher", "indistill_fx.demo:DigitsStudent")
-
-
 _SAYS_NOTHING = ("transformers_version", "dtype", "torch_dtype", "_name_or_path")
 """Entries of a configuration that do not change what the model computes in float32."""
 

@@ -17,6 +17,7 @@ from torch import nn
 
 import indistill_fx as ifx
 from indistill_fx.errors import ConfigError
+from indistill_fx.loading.input_facts import describe_configuration, facts_of
 from indistill_fx.loading.load import load_source
 from indistill_fx.loading.spec import parse_spec
 from indistill_fx.runs.load import absolute, runs_code
@@ -106,9 +107,21 @@ def test_what_a_folder_knows_of_images(tmp_path: Path) -> None:
     assert other.wanted_normalisation is None and other.module(torch.randn(2, 1, 8, 8)).logits.shape == (2, 2)
 
 
-def test_a_model_for_images_without_a_folder_knows_its_size() -> None:
-    from indistill_fx.loading.input_facts import facts_of
+@pytest.mark.parametrize(
+    ("given", "channels", "expected"),
+    [
+        ({"do_normalize": False}, 3, ((0.0,) * 3, (1.0,) * 3)),
+        ({"image_mean": [0.5] * 3, "image_std": [0.25] * 3}, 1, ((0.5,), (0.25,))),
+        ({"image_mean": 0.5, "image_std": 0.25}, 3, ((0.5,) * 3, (0.25,) * 3)),
+        ({"image_mean": [0.1, 0.2, 0.3], "image_std": [0.1, 0.2, 0.3]}, 1, None),
+    ],
+)
+def test_a_normalisation_has_a_number_for_every_channel(given: dict[str, Any], channels: int, expected: Any) -> None:
+    facts = describe_configuration({"image_size": 16, "num_channels": channels}, given, pretrained=True)
+    assert facts.normalisation == facts.wanted_normalisation == expected
 
+
+def test_a_model_for_images_without_a_folder_knows_its_size() -> None:
     assert facts_of(transformers.ViTForImageClassification(VIT)).size == (1, 16, 16)
 
 
